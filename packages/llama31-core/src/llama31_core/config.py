@@ -39,30 +39,35 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Keys that say nothing about the forward computation of this architecture.
 _HF_IGNORED = frozenset(
-    [
+    {
         "_name_or_path",
+        "add_cross_attention",
         "architectures",
         "attention_dropout",
         "auto_map",
         "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
         "dtype",
+        "finetuning_task",
         "id2label",
         "initializer_range",
+        "is_decoder",
         "is_encoder_decoder",
         "is_llama_config",
-        "is_decoder",
-        "add_cross_attention",
-        "cross_attention_hidden_size",
         "label2id",
         "output_attentions",
         "output_hidden_states",
+        "prefix",
         "pretraining_tp",
         "problem_type",
-        "quantization_config",
+        "pruned_heads",
         "return_dict",
         "rope_interleaved",
+        "sep_token_id",
         "task_specific_params",
         "tf_legacy_loss",
+        "tie_encoder_decoder",
         "tokenizer_class",
         "torch_dtype",
         "transformers.js_config",
@@ -70,13 +75,7 @@ _HF_IGNORED = frozenset(
         "unsloth_fixed",
         "use_bfloat16",
         "use_cache",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "finetuning_task",
-        "prefix",
-        "pruned_heads",
-        "tie_encoder_decoder",
-    ]
+    }
 )
 
 

@@ -1,0 +1,64 @@
+"""The state of one request while the engine works on it, and what the engine reports of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llama31_core.inference.sampling import Sampler, SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The tokens generated for one prompt (without the one that stopped it) and why they ended."""
+
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step of the engine added to one request; `finish_reason` is None while it goes on."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and what has been generated for it.
+
+    `num_cached` counts the tokens whose keys and values are in the blocks of `block_table`.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    stop_ids: frozenset[int]
+    sampler: Sampler
+    output_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    num_cached: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and completion so far."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    def uncached_ids(self, limit: int) -> list[int]:
+        """The next tokens to compute, at most `limit`; after a preemption they reach into the completion."""
+        start, end = self.num_cached, min(self.num_tokens, self.num_cached + limit)
+        split = len(self.prompt_ids)
+        return self.prompt_ids[start:end] + self.output_ids[max(start - split, 0) : max(end - split, 0)]
+
+    def accept(self, token: int) -> StepOutput:
+        """Take a sampled token: append it, or end the request."""
+        if token in self.stop_ids:
+            return StepOutput(self.request_id, [], "stop")
+        self.output_ids.append(token)
+        reason: FinishReason | None = "length" if len(self.output_ids) >= self.max_tokens else None
+        return StepOutput(self.request_id, [token], reason)

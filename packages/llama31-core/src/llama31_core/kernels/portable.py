@@ -1,0 +1,99 @@
+"""The kernel interface in MindSpore operators that any device has: tensors in, tensors out, no state of its own.
+
+Shapes: B sequences, T new tokens of each, S cached tokens of each, M blocks of each, H query heads, K key-value heads,
+D width of a head, G = H / K query heads that share one key-value head, C slots in the cache (one holds one token).
+"""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+# Added to the score of a key that a query must not see. Finite, so that a row that sees nothing (a padding
+# token) softmaxes to numbers and not to NaN.
+_MASKED = -1e30
+
+_matmul_tb = ops.MatMul(transpose_b=True)
+_scores = ops.BatchMatMul(transpose_b=True)
+_weighted_sum = ops.BatchMatMul()
+_softmax = ops.Softmax(-1)
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """`x @ weight.T` for x of shape (..., I)."""
+    out = _matmul_tb(x.reshape(-1, x.shape[-1]), weight_OI)
+    return out.reshape((*x.shape[:-1], -1))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last axis (Zhang and Sennrich 2019, equation 4)."""
+    return x * ops.rsqrt(ops.square(x).mean(-1, keep_dims=True) + eps) * weight
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` (Shazeer 2020, GLU variants)."""
+    return gate * ops.sigmoid(gate) * up
+
+
+def apply_rope(x_BTHD: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of every head: the half-split layout of HF checkpoints."""
+    half = x_BTHD.shape[-1] // 2
+    first, second = x_BTHD[..., :half], x_BTHD[..., half:]
+    turned = ops.cat((-second, first), axis=-1)
+    return x_BTHD * cos_BT1D + turned * sin_BT1D
+
+
+def _attend(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, hidden_BTS: Tensor) -> Tensor:
+    """Grouped-query attention; `hidden` is true where a query must not see a key. Gives (B, T, H * D)."""
+    batch, tokens, heads, width = q_BTHD.shape
+    kv_heads = k_BSKD.shape[2]
+    group = heads // kv_heads
+    q_BKgD = q_BTHD.reshape(batch, tokens, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
+    q_BKgD = q_BKgD.reshape(batch, kv_heads, -1, width)  # (B, K, G * T, D)
+    k_BKSD = k_BSKD.transpose(0, 2, 1, 3)
+    v_BKSD = v_BSKD.transpose(0, 2, 1, 3)
+    scores = _scores(q_BKgD, k_BKSD) * (1.0 / math.sqrt(width))
+    scores = scores.reshape(batch, kv_heads, group, tokens, -1)
+    scores = scores + hidden_BTS[:, None, None].astype(scores.dtype) * _MASKED
+    weights = _softmax(scores).reshape(batch, kv_heads, group * tokens, -1)
+    out = _weighted_sum(weights, v_BKSD).reshape(batch, kv_heads, group, tokens, width)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * width)
+
+
+def causal_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, segment_ids_BT: Tensor) -> Tensor:
+    """Attention of whole sequences; a token sees itself and what stands before it in its own segment."""
+    tokens = q_BTHD.shape[1]
+    order = ops.arange(tokens)
+    later_TT = order[None, :] > order[:, None]
+    foreign_BTT = segment_ids_BT[:, None, :] != segment_ids_BT[:, :, None]
+    return _attend(q_BTHD, k_BTKD, v_BTKD, ops.logical_or(later_TT, foreign_BTT))
+
+
+def write_cache(cache_CKD: Tensor, slots_BT: Tensor, values_BTKD: Tensor) -> Tensor:
+    """Store one key or value per token at its slot (block * P + offset) of the cache, in place."""
+    _, kv_heads, width = cache_CKD.shape
+    return ops.scatter_update(cache_CKD, slots_BT.reshape(-1), values_BTKD.reshape(-1, kv_heads, width))
+
+
+def paged_attention(
+    q_BTHD: Tensor,
+    k_cache_CKD: Tensor,
+    v_cache_CKD: Tensor,
+    block_tables_BM: Tensor,
+    positions_BT: Tensor,
+    block_size: int,
+) -> Tensor:
+    """Attention of new tokens over the cached blocks of their sequence (Kwon et al. 2023, PagedAttention).
+
+    The keys and values of the new tokens are in the cache already. A token at position p sees positions 0 .. p.
+    """
+    batch = q_BTHD.shape[0]
+    _, kv_heads, width = k_cache_CKD.shape
+    offsets = ops.arange(block_size).astype(ms.int32)
+    slots = (block_tables_BM[:, :, None] * block_size + offsets).reshape(-1)
+    k_BSKD = ops.gather(k_cache_CKD, slots, 0).reshape(batch, -1, kv_heads, width)
+    v_BSKD = ops.gather(v_cache_CKD, slots, 0).reshape(batch, -1, kv_heads, width)
+    seen = ops.arange(k_BSKD.shape[1]).astype(ms.int32)
+    return _attend(q_BTHD, k_BSKD, v_BSKD, seen[None, None, :] > positions_BT[:, :, None])

@@ -1,0 +1,83 @@
+"""Grouped-query attention; the way keys and values are kept is a part that is chosen when the model is built.
+
+Shapes: B sequences, T tokens of each, H query heads, K key-value heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn
+from mindspore.common.initializer import initializer
+
+from llama31_core import kernels
+from llama31_core.config import ModelConfig
+from llama31_core.model.linear import Linear
+
+
+class CausalAttention(nn.Cell):  # type: ignore[misc]
+    """Attention within whole sequences and no cache: what training uses. Context: segment_ids (B, T)."""
+
+    def construct(
+        self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, positions_BT: Tensor, segment_ids_BT: Tensor
+    ) -> Tensor:
+        """Mixed values of shape (B, T, H * D)."""
+        return kernels.causal_attention(q_BTHD, k_BTKD, v_BTKD, segment_ids_BT)
+
+
+class PagedAttention(nn.Cell):  # type: ignore[misc]
+    """Attention over a paged cache that this cell owns: what inference uses.
+
+    Context: slots (B, T), where each new token's key and value go, and block_tables (B, M), the blocks of each
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int) -> None:
+        super().__init__()
+        self.block_size = block_size
+        shape = (num_blocks * block_size, config.n_kv_heads, config.head_dim)
+        self.k_cache = Parameter(initializer("zeros", shape, ms.float32), requires_grad=False)
+        self.v_cache = Parameter(initializer("zeros", shape, ms.float32), requires_grad=False)
+
+    def construct(
+        self,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        positions_BT: Tensor,
+        slots_BT: Tensor,
+        block_tables_BM: Tensor,
+    ) -> Tensor:
+        """Mixed values of shape (B, T, H * D)."""
+        kernels.write_cache(self.k_cache, slots_BT, k_BTKD)
+        kernels.write_cache(self.v_cache, slots_BT, v_BTKD)
+        return kernels.paged_attention(
+            q_BTHD, self.k_cache, self.v_cache, block_tables_BM, positions_BT, self.block_size
+        )
+
+
+# Builds one layer's way of attending; called once per layer.
+AttentionCore = Callable[[], nn.Cell]
+
+
+class Attention(nn.Cell):  # type: ignore[misc]
+    """Projections, rotary embedding, attention and output projection (Ainslie et al. 2023, GQA)."""
+
+    def __init__(self, config: ModelConfig, core: AttentionCore) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.wq = Linear(config.dim, config.n_heads * config.head_dim)
+        self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.wo = Linear(config.n_heads * config.head_dim, config.dim)
+        self.core = core()
+
+    def construct(
+        self, x_BTE: Tensor, positions_BT: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor, *context: Tensor
+    ) -> Tensor:
+        """What every token gathers from the tokens it sees, shape (B, T, dim)."""
+        heads = (*x_BTE.shape[:2], -1, self.head_dim)
+        q_BTHD = kernels.apply_rope(self.wq(x_BTE).reshape(heads), cos_BT1D, sin_BT1D)
+        k_BTKD = kernels.apply_rope(self.wk(x_BTE).reshape(heads), cos_BT1D, sin_BT1D)
+        v_BTKD = self.wv(x_BTE).reshape(heads)
+        return self.wo(self.core(q_BTHD, k_BTKD, v_BTKD, positions_BT, *context))

@@ -1,0 +1,46 @@
+"""Rotary position embedding: positions in, the cosines and sines that turn queries and keys out."""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+import numpy.typing as npt
+from mindspore import Tensor, nn, ops
+
+from llama31_core.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:
+    """Radians per position of each pair of a head, shape (head_dim / 2,).
+
+    Su et al. 2021, equation 15, with Llama 3.1's scaling (`apply_scaling` in Meta's llama-models
+    `models/llama3/model.py`): long wavelengths are stretched by `factor`, short ones stay, those between are blended.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies: npt.NDArray[np.float32] = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_seq_len / (2 * math.pi / frequencies)  # in the original context
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)  # 0: a long wavelength, 1: a short one
+    return (frequencies * (blend + (1.0 - blend) / scaling.factor)).astype(np.float32)
+
+
+class RotaryEmbedding(nn.Cell):  # type: ignore[misc]
+    """Positions (B, T) to cosines and sines of shape (B, T, 1, head_dim), computed once per forward pass.
+
+    Angles are float32 products, so that position 131,071 is as exact as in the reference implementations.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        frequencies = inverse_frequencies(config)
+        self.frequencies_D = Tensor(np.concatenate([frequencies, frequencies]), ms.float32)
+
+    def construct(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for every position."""
+        angles = positions_BT.astype(ms.float32)[:, :, None, None] * self.frequencies_D
+        return ops.cos(angles), ops.sin(angles)

@@ -1,0 +1,94 @@
+"""Llama: token ids and positions in, hidden states and logits out.
+
+Cells are named so that parameters have MindFormers' names: `model.layers.0.attention.wq.weight`, `lm_head.weight`.
+Shapes: B sequences, T tokens of each, E = dim, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, initializer
+
+from llama31_core import kernels
+from llama31_core.config import ModelConfig
+from llama31_core.model.attention import Attention, AttentionCore
+from llama31_core.model.feedforward import FeedForward
+from llama31_core.model.linear import Linear
+from llama31_core.model.norm import RMSNorm
+from llama31_core.model.rope import RotaryEmbedding
+
+
+class TokenEmbedding(nn.Cell):  # type: ignore[misc]
+    """Token ids to vectors."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_weight = Parameter(initializer(Normal(0.02), (vocab_size, dim), ms.float32))
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        """Vectors of shape (..., dim) for ids of shape (...)."""
+        return ops.gather(self.embedding_weight, tokens, 0)
+
+
+class TransformerBlock(nn.Cell):  # type: ignore[misc]
+    """One layer: attention and feed-forward, each on the normed input and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, core: AttentionCore) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, core)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def construct(
+        self, x_BTE: Tensor, positions_BT: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor, *context: Tensor
+    ) -> Tensor:
+        """The residual stream after this layer."""
+        h_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), positions_BT, cos_BT1D, sin_BT1D, *context)
+        return h_BTE + self.feed_forward(self.ffn_norm(h_BTE))
+
+
+class Transformer(nn.Cell):  # type: ignore[misc]
+    """Embedding, the layers and the last norm."""
+
+    def __init__(self, config: ModelConfig, core: AttentionCore) -> None:
+        super().__init__()
+        self.tok_embeddings = TokenEmbedding(config.vocab_size, config.dim)
+        self.rope = RotaryEmbedding(config)
+        self.layers = nn.CellList([TransformerBlock(config, core) for _ in range(config.n_layers)])
+        self.norm_out = RMSNorm(config.dim, config.norm_eps)
+
+    def construct(self, tokens_BT: Tensor, positions_BT: Tensor, *context: Tensor) -> Tensor:
+        """Hidden states (B, T, E)."""
+        x_BTE = self.tok_embeddings(tokens_BT)
+        cos_BT1D, sin_BT1D = self.rope(positions_BT)
+        for layer in self.layers:
+            x_BTE = layer(x_BTE, positions_BT, cos_BT1D, sin_BT1D, *context)
+        return self.norm_out(x_BTE)
+
+
+class Llama(nn.Cell):  # type: ignore[misc]
+    """The language model.
+
+    Args:
+        config: the architecture.
+        core: builds each layer's attention: `CausalAttention` for whole sequences, or `PagedAttention` over a cache.
+            What follows `positions` in a call (`*context`) is handed to it.
+    """
+
+    def __init__(self, config: ModelConfig, core: AttentionCore) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config, core)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.dim, config.vocab_size)
+
+    def construct(self, tokens_BT: Tensor, positions_BT: Tensor, *context: Tensor) -> Tensor:
+        """Logits (B, T, V) of every token."""
+        return self.logits(self.model(tokens_BT, positions_BT, *context))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., E)."""
+        if self.lm_head is None:
+            return kernels.linear(hidden, self.model.tok_embeddings.embedding_weight)
+        return self.lm_head(hidden)

@@ -1,0 +1,178 @@
+"""The engine with a runner whose logits can be worked out by hand: scheduling, preemption, errors, no leaked block."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama31_core.config import ModelConfig
+from llama31_core.errors import ConfigError, RequestError
+from llama31_core.inference.engine import Engine
+from llama31_core.inference.request import StepOutput
+from llama31_core.inference.sampling import SamplingParams
+
+VOCAB = 101
+CONFIG = ModelConfig.build(
+    "test", vocab_size=VOCAB, dim=8, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=8, max_seq_len=64, eos_token_ids=(0,)
+)
+
+
+class SumRunner:
+    """Says that the next token is the sum of all tokens so far, each times its position + 1, modulo the vocabulary.
+
+    It keeps tokens in a paged cache as a real runner keeps keys, so a wrong block, position or order changes the sum.
+    """
+
+    def __init__(self, num_blocks: int = 8, block_size: int = 4) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.cache = np.full((num_blocks, block_size), -1)
+        self.num_calls = 0
+
+    def forward(self, token_ids_BT: list[list[int]], starts_B: list[int], block_tables: list[list[int]]) -> np.ndarray:
+        self.num_calls += 1
+        owned = [block for table in block_tables for block in table]
+        assert len(owned) == len(set(owned)), "a block has two owners"
+        logits = np.zeros((len(token_ids_BT), VOCAB), np.float32)
+        for row, tokens, start, table in zip(logits, token_ids_BT, starts_B, block_tables, strict=True):
+            for position, token in enumerate(tokens, start):
+                self.cache[table[position // self.block_size], position % self.block_size] = token
+            row[next_token(self.cache[table].reshape(-1)[: start + len(tokens)].tolist())] = 1
+        return logits
+
+
+def next_token(tokens: list[int]) -> int:
+    return sum(token * (position + 1) for position, token in enumerate(tokens)) % VOCAB
+
+
+def expected(prompt: list[int], max_tokens: int) -> tuple[list[int], str]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        token = next_token(tokens)
+        if token == 0:
+            return tokens[len(prompt) :], "stop"
+        tokens.append(token)
+    return tokens[len(prompt) :], "length"
+
+
+def greedy(max_tokens: int, **more: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, **more)  # type: ignore[arg-type]
+
+
+requests = st.lists(
+    st.tuples(st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=20), st.integers(1, 12)), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(requests, st.integers(1, 5), st.integers(1, 9), st.integers(8, 20))
+def test_completions_do_not_depend_on_batching_chunking_or_preemption(
+    wanted: list[tuple[list[int], int]], max_batch_size: int, max_prefill_tokens: int, num_blocks: int
+) -> None:
+    engine = Engine(CONFIG, SumRunner(num_blocks), max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens)
+    completions = engine.generate([prompt for prompt, _ in wanted], [greedy(count) for _, count in wanted])
+    assert [(c.token_ids, c.finish_reason) for c in completions] == [expected(*request) for request in wanted]
+    assert engine.num_free_blocks == num_blocks
+    assert not engine.has_unfinished()
+
+
+@settings(max_examples=200, deadline=None)
+@given(requests, st.lists(st.tuples(st.integers(0, 30), st.integers(0, 7))))
+def test_aborts_at_any_step_free_their_blocks_and_harm_nobody(
+    wanted: list[tuple[list[int], int]], aborts: list[tuple[int, int]]
+) -> None:
+    engine = Engine(CONFIG, SumRunner(), max_batch_size=4, max_prefill_tokens=5)
+    for index, (prompt, count) in enumerate(wanted):
+        engine.add(str(index), prompt, greedy(count))
+    outputs: dict[str, list[StepOutput]] = {str(index): [] for index in range(len(wanted))}
+    aborted = set()
+    for step in range(1000):
+        for when, index in aborts:
+            if when == step and engine.abort(str(index)):
+                aborted.add(str(index))
+        if not engine.has_unfinished():
+            break
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    assert not engine.has_unfinished()
+    assert engine.num_free_blocks == 8
+    for request_id, parts in outputs.items():
+        if request_id not in aborted:
+            tokens = [token for part in parts for token in part.token_ids]
+            assert (tokens, parts[-1].finish_reason) == expected(*wanted[int(request_id)])
+            assert all(part.finish_reason is None for part in parts[:-1])
+
+
+def test_preemption_happens_and_is_counted() -> None:
+    engine = Engine(CONFIG, SumRunner(num_blocks=8), max_batch_size=8)
+    engine.generate([[1, 2, 3]] * 6, greedy(20))
+    assert engine.num_preemptions > 0
+
+
+def test_a_long_prompt_does_not_stall_a_running_request() -> None:
+    engine = Engine(CONFIG, SumRunner(num_blocks=16), max_prefill_tokens=4)
+    engine.add("running", [5], greedy(30))
+    engine.step()
+    engine.add("long", [7] * 30, greedy(1))
+    steps = [engine.step() for _ in range(8)]  # 30 tokens in chunks of 4
+    assert all(any(output.request_id == "running" for output in step) for step in steps)
+    assert steps[-1][-1].request_id == "long"
+
+
+def test_stop_ids_end_a_request_and_are_left_out() -> None:
+    tokens, _ = expected([3, 4], 10)
+    engine = Engine(CONFIG, SumRunner())
+    [completion] = engine.generate([[3, 4]], greedy(10, stop_token_ids=(tokens[2],)))
+    assert completion.token_ids == tokens[: tokens.index(tokens[2])]
+    assert completion.finish_reason == "stop"
+
+
+def test_ignore_eos_goes_on() -> None:
+    prompt = next([a, b] for a in range(1, VOCAB) for b in range(1, VOCAB) if (a + 2 * b) % VOCAB == 0)
+    engine = Engine(CONFIG, SumRunner())
+    assert engine.generate([prompt], greedy(3))[0].token_ids == []
+    assert len(engine.generate([prompt], greedy(3, ignore_eos=True))[0].token_ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], greedy(1), "prompt is empty"),
+        ([VOCAB], greedy(1), "prompt id 101 is outside the vocabulary"),
+        ([-1], greedy(1), "prompt id -1 is outside the vocabulary"),
+        ([1] * 40, greedy(1), "exceed the 32 tokens"),
+        ([1] * 10, greedy(23), "max_tokens=23 exceed the 32 tokens"),
+    ],
+)
+def test_a_request_that_cannot_run_is_refused_before_any_starts(
+    prompt: list[int], params: SamplingParams, message: str
+) -> None:
+    runner = SumRunner()
+    engine = Engine(CONFIG, runner)
+    with pytest.raises(RequestError, match=message):
+        engine.generate([[1, 2], prompt], params)
+    assert runner.num_calls == 0
+    assert not engine.has_unfinished()
+    assert engine.num_free_blocks == 8
+
+
+def test_max_tokens_none_fills_the_context() -> None:
+    [completion] = Engine(CONFIG, SumRunner()).generate(
+        [[1] * 10], SamplingParams(None, temperature=0, ignore_eos=True)
+    )
+    assert len(completion.token_ids) == 22
+
+
+def test_an_id_in_use_is_refused() -> None:
+    engine = Engine(CONFIG, SumRunner())
+    engine.add("a", [1], greedy(1))
+    with pytest.raises(RequestError, match="'a' is in use"):
+        engine.add("a", [1], greedy(1))
+    assert not engine.abort("b")
+
+
+def test_a_context_larger_than_the_cache_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_seq_len is 33, allowed is 1 to 32"):
+        Engine(CONFIG, SumRunner(), max_seq_len=33)

@@ -1,0 +1,69 @@
+"""The compiled graph over a paged cache against transformers, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama31_core.checkpoint.names import spell
+from llama31_core.config import ModelConfig, RopeScaling
+from llama31_core.inference.engine import Engine
+from llama31_core.inference.runner import GraphRunner
+from llama31_core.inference.sampling import SamplingParams
+
+CONFIG = ModelConfig(
+    vocab_size=320,
+    dim=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=176,
+    max_seq_len=512,
+    rope_scaling=RopeScaling(original_max_seq_len=32),
+)
+Weights = dict[str, np.ndarray]
+
+
+def reference_logits(weights: Weights, tokens: list[int]) -> np.ndarray:
+    """transformers' logits (T, V) of one sequence."""
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG.to_hf())).eval()
+    model.load_state_dict({spell(name, "hf"): torch.from_numpy(value) for name, value in weights.items()})
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def test_prefill_in_chunks_and_decode_in_a_batch_equal_the_whole_sequence(
+    random_weights: Callable[..., Weights], build_runner: Callable[..., GraphRunner]
+) -> None:
+    weights = random_weights(CONFIG)
+    runner = build_runner(CONFIG, weights, num_blocks=40, block_size=8)
+    rng = np.random.default_rng(3)
+    long, short = rng.integers(0, 320, 150).tolist(), rng.integers(0, 320, 21).tolist()
+    # Blocks in no order, so that a wrong table shows.
+    long_table, short_table = list(range(39, 19, -1)), [3, 1, 7]
+    want_long, want_short = reference_logits(weights, long), reference_logits(weights, short)
+
+    runner.forward([long[:100]], [0], [long_table])
+    got = runner.forward([long[100:149]], [100], [long_table])
+    np.testing.assert_allclose(got[0], want_long[148], atol=1e-4)
+    runner.forward([short[:20]], [0], [short_table])
+    got = runner.forward([[short[20]], [long[149]]], [20, 149], [short_table, long_table])
+    np.testing.assert_allclose(got, [want_short[20], want_long[149]], atol=1e-4)
+
+
+def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
+    random_weights: Callable[..., Weights], build_runner: Callable[..., GraphRunner]
+) -> None:
+    weights = random_weights(CONFIG)
+    engine = Engine(CONFIG, build_runner(CONFIG, weights), max_batch_size=3, max_prefill_tokens=16)
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(0, 320, size).tolist() for size in (1, 40, 7, 16, 33)]
+    completions = engine.generate(prompts, SamplingParams(max_tokens=12, temperature=0))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logits = reference_logits(weights, prompt + completion.token_ids)
+        assert completion.token_ids == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert completion.finish_reason == "length"
+    assert engine.num_free_blocks == 64
