@@ -1,0 +1,93 @@
+"""`llama31-ckpt`: command line in, conversions and reports out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama31_ckpt import __version__
+from llama31_ckpt.convert import convert
+from llama31_ckpt.sources import open_source
+from llama31_core.errors import Llama31Error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llama31-ckpt", description="Llama checkpoints from and to any format.")
+    parser.add_argument("--version", action="version", version=f"llama31-ckpt {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_convert(commands.add_parser("convert", help="convert a checkpoint", allow_abbrev=False))
+    return parser
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input_path", type=Path, required=True, help="HF or model directory, safetensors, .ckpt or GGUF file"
+    )
+    parser.add_argument(
+        "--output_path",
+        type=Path,
+        required=True,
+        help="model directory to make, or a path ending in .ckpt/.safetensors",
+    )
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16; each tensor keeps its own unless given")
+    parser.add_argument(
+        "--config", type=Path, help="config.json (or its directory) if the checkpoint has none beside it"
+    )
+    parser.add_argument("--max_shard_size", type=parse_size, help="start another file at this size, for instance 5GB")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing destination")
+    parser.set_defaults(run=_run_convert)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `5GB`, `200MB`, `64KB` or a plain number."""
+    number, factor = text.upper(), 1
+    for suffix, value in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if number.endswith(suffix):
+            number, factor = number.removesuffix(suffix), value
+    try:
+        size = int(float(number) * factor)
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"size {text!r} is not like 5GB, 200MB or 1000000")
+    return size
+
+
+def _run_convert(arguments: argparse.Namespace) -> None:
+    source = open_source(arguments.input_path, config_path=arguments.config)
+    try:
+        summary = convert(
+            source,
+            arguments.output_path,
+            dtype=arguments.dtype,
+            max_shard_bytes=arguments.max_shard_size,
+            overwrite=arguments.overwrite,
+        )
+    finally:
+        source.close()
+    for note in summary.notes:
+        print(f"note: {note}", file=sys.stderr)
+    gigabytes = summary.size_bytes / 1e9
+    print(
+        f"{summary.destination}: {summary.num_tensors} tensors, {gigabytes:.2f} GB in {summary.dtype}, "
+        f"{summary.seconds:.1f} s ({gigabytes / max(summary.seconds, 1e-9):.2f} GB/s)"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, 1 for an error, 2 for wrong usage."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except Llama31Error as error:
+        if arguments.debug:
+            raise
+        print(f"llama31-ckpt: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("llama31-ckpt: error: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,120 @@
+"""What is to be converted: a path in; its weights, architecture and the files that go along out.
+
+The format is told by content. Each format's own reading lives in its module; here they come down to one `Source`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama31_ckpt.gguf_format.architecture import read_config
+from llama31_ckpt.gguf_format.header import MAGIC, read_header
+from llama31_ckpt.gguf_format.tokenizer import build_tokenizer_files
+from llama31_ckpt.gguf_format.weights import GgufWeights
+from llama31_core.checkpoint import Weights, open_weights
+from llama31_core.checkpoint.files import find_weights
+from llama31_core.checkpoint.stored import OpenFile
+from llama31_core.config import ModelConfig
+from llama31_core.errors import CheckpointError
+
+# Files of a model directory that describe its tokenizer and its ways of generating, copied as they are.
+SIDECAR_NAMES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass
+class Source:
+    """A checkpoint opened for conversion.
+
+    Attributes:
+        path: as the user named it.
+        format: `gguf`, `safetensors`, `ckpt`, …, for the manifest.
+        weights: its tensors under canonical names.
+        config: its architecture.
+        ignored: entries that are no weights.
+        sidecars: files to copy into a model directory.
+        texts: files to write into a model directory, name -> content.
+        notes: what the user should know of what was not converted.
+    """
+
+    path: Path
+    format: str
+    weights: Weights
+    config: ModelConfig
+    close: Callable[[], None]
+    ignored: tuple[str, ...] = ()
+    sidecars: tuple[Path, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's `source`."""
+        return {"format": self.format, "name": self.path.absolute().name}
+
+
+def open_source(path: Path, *, config_path: Path | None = None) -> Source:
+    """Open whatever checkpoint is at `path`.
+
+    Args:
+        path: a directory or a weights file.
+        config_path: a `config.json` or a directory with one, where the checkpoint has none beside it.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or an unknown format.
+        ConfigError: no usable config.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    gguf_path = _find_gguf(path)
+    if gguf_path is not None:
+        return _open_gguf(gguf_path)
+    return _open_model_directory(path, config_path)
+
+
+def _find_gguf(path: Path) -> Path | None:
+    if path.is_file():
+        with path.open("rb") as file:
+            return path if file.read(len(MAGIC)) == MAGIC or path.suffix == ".gguf" else None
+    found = sorted(path.glob("*.gguf"))
+    if not found or any(path.glob("*.safetensors")):
+        return None
+    if len(found) > 1:
+        raise CheckpointError(f"{path} holds {len(found)} .gguf files; name one of them")
+    return found[0]
+
+
+def _open_gguf(path: Path) -> Source:
+    file = OpenFile(path)
+    header = read_header(file)
+    config = read_config(file, header)
+    weights = GgufWeights(file, header, config.head_dim)
+    texts: Mapping[str, str] = {}
+    notes: tuple[str, ...] = ()
+    if "tokenizer.ggml.model" not in header.metadata:
+        notes = (f"{path.name} has no vocabulary: no tokenizer was written",)
+    else:
+        texts = build_tokenizer_files(header, config.max_seq_len)
+    return Source(path, "gguf", weights, config, file.close, weights.ignored, texts=texts, notes=notes)
+
+
+def _open_model_directory(path: Path, config_path: Path | None) -> Source:
+    weights_path = find_weights(path)
+    directory = weights_path.parent
+    config_dir = directory if config_path is None else config_path
+    config = ModelConfig.from_pretrained(config_dir.parent if config_dir.is_file() else config_dir)
+    reader = open_weights(path)
+    sidecars = tuple(directory / name for name in SIDECAR_NAMES if (directory / name).is_file())
+    kind = "ckpt" if weights_path.suffix == ".ckpt" else "safetensors"
+    return Source(path, kind, reader, config, reader.close, reader.ignored, sidecars)
