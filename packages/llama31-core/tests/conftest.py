@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from mindspore import Tensor
 
@@ -15,10 +16,10 @@ from llama31_core.model import Llama, PagedAttention
 
 
 @pytest.fixture
-def random_weights() -> Callable[..., dict[str, np.ndarray]]:
+def random_weights() -> Callable[..., dict[str, npt.NDArray[np.float32]]]:
     """Weights of every parameter, norms near 1, the rest of a size at which logits differ by a few units."""
 
-    def build(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    def build(config: ModelConfig, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
         rng = np.random.default_rng(seed)
         weights = {}
         for name, shape in parameter_shapes(config).items():
@@ -34,7 +35,7 @@ def build_runner() -> Callable[..., GraphRunner]:
     """A compiled model with given weights over a small cache."""
 
     def build(
-        config: ModelConfig, weights: dict[str, np.ndarray], num_blocks: int = 64, block_size: int = 8
+        config: ModelConfig, weights: dict[str, npt.NDArray[np.float32]], num_blocks: int = 64, block_size: int = 8
     ) -> GraphRunner:
         llama = Llama(config, lambda: PagedAttention(config, num_blocks, block_size))
         for name, parameter in llama.parameters_and_names():

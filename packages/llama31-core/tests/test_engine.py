@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +32,9 @@ class SumRunner:
         self.cache = np.full((num_blocks, block_size), -1)
         self.num_calls = 0
 
-    def forward(self, token_ids_BT: list[list[int]], starts_B: list[int], block_tables: list[list[int]]) -> np.ndarray:
+    def forward(
+        self, token_ids_BT: list[list[int]], starts_B: list[int], block_tables: list[list[int]]
+    ) -> npt.NDArray[np.float32]:
         self.num_calls += 1
         owned = [block for table in block_tables for block in table]
         assert len(owned) == len(set(owned)), "a block has two owners"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from mindspore import Tensor
@@ -14,7 +16,15 @@ from llama31_core.checkpoint.names import spell
 from llama31_core.config import ModelConfig, RopeScaling
 from llama31_core.model import CausalAttention, Llama
 
-BASE = {"vocab_size": 320, "dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 176, "max_seq_len": 512}
+BASE: dict[str, Any] = {
+    "vocab_size": 320,
+    "dim": 64,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "ffn_dim": 176,
+    "max_seq_len": 512,
+}
 CONFIGS = {
     "llama3.1: GQA, scaled rotary, untied": BASE | {"rope_scaling": RopeScaling(original_max_seq_len=64)},
     "plain rotary, tied": BASE | {"tie_word_embeddings": True, "rope_theta": 10000.0},
@@ -22,7 +32,7 @@ CONFIGS = {
 }
 
 
-def reference(config: ModelConfig, weights: dict[str, np.ndarray]) -> LlamaForCausalLM:
+def reference(config: ModelConfig, weights: dict[str, npt.NDArray[np.float32]]) -> LlamaForCausalLM:
     """transformers' model of the same architecture with the same weights."""
     model = LlamaForCausalLM(LlamaConfig(**config.to_hf())).eval()
     state = {spell(name, "hf"): torch.from_numpy(value) for name, value in weights.items()}
@@ -34,7 +44,7 @@ def reference(config: ModelConfig, weights: dict[str, np.ndarray]) -> LlamaForCa
 
 @pytest.mark.parametrize("values", CONFIGS.values(), ids=CONFIGS.keys())
 def test_logits_equal_transformers(
-    values: dict[str, object], random_weights: Callable[..., dict[str, np.ndarray]]
+    values: dict[str, Any], random_weights: Callable[..., dict[str, npt.NDArray[np.float32]]]
 ) -> None:
     config = ModelConfig(**values)
     weights = random_weights(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,15 +25,16 @@ CONFIG = ModelConfig(
     max_seq_len=512,
     rope_scaling=RopeScaling(original_max_seq_len=32),
 )
-Weights = dict[str, np.ndarray]
+Weights = dict[str, npt.NDArray[np.float32]]
 
 
-def reference_logits(weights: Weights, tokens: list[int]) -> np.ndarray:
+def reference_logits(weights: Weights, tokens: list[int]) -> npt.NDArray[np.float32]:
     """transformers' logits (T, V) of one sequence."""
     model = LlamaForCausalLM(LlamaConfig(**CONFIG.to_hf())).eval()
     model.load_state_dict({spell(name, "hf"): torch.from_numpy(value) for name, value in weights.items()})
     with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0].numpy()
+        logits: npt.NDArray[np.float32] = model(torch.tensor([tokens])).logits[0].numpy()
+    return logits
 
 
 def test_prefill_in_chunks_and_decode_in_a_batch_equal_the_whole_sequence(

@@ -1,0 +1,1 @@
+"""Fine-tuning: a model directory and MindRecord data in, a trained model directory out."""
