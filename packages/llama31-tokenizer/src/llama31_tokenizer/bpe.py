@@ -1,0 +1,137 @@
+"""Byte-level BPE over tiktoken: text in, ids out, and back; control tokens are never read from a text here."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import tiktoken
+
+from llama31_tokenizer.errors import TokenizerError
+from llama31_tokenizer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llama31_tokenizer.offsets import OffsetEncoding
+
+
+class BpeCodec:
+    """Encodes and decodes with one vocabulary.
+
+    Args:
+        vocabulary: with ranks and a pattern.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        assert vocabulary.pattern is not None
+        ranks = dict(vocabulary.ranks)
+        known = {token for token in ranks if len(token) == 1}
+        # tiktoken panics on a byte without a rank: give those ranks behind the vocabulary and take them out again.
+        self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in known)
+        self._size = vocabulary.size
+        for offset, byte in enumerate(self._missing):
+            ranks[bytes([byte])] = self._size + offset
+        self._unknown_id = vocabulary.unknown_byte_id
+        self._literal_ids = vocabulary.literal_tokens
+        self._literals = compile_names(vocabulary.literal_tokens) if vocabulary.literal_tokens else None
+        self._normalization = vocabulary.normalization
+        self._encoding = tiktoken.Encoding(
+            vocabulary.pattern.name,
+            pat_str=vocabulary.pattern.regex,
+            mergeable_ranks=ranks,
+            special_tokens={**vocabulary.literal_tokens, **vocabulary.special_tokens},
+        )
+        self._is_plain = not (self._missing or self._literals or self._normalization)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; what looks like a control token is text."""
+        if self._is_plain:
+            return self._encoding.encode_ordinary(text)
+        if self._normalization:
+            text = unicodedata.normalize(self._normalization, text)
+        if not self._literals:
+            return self._encode_between(text)
+        ids: list[int] = []
+        end = 0
+        for match in self._literals.finditer(text):
+            ids += self._encode_between(text[end : match.start()])
+            ids.append(self._literal_ids[match.group()])
+            end = match.end()
+        return ids + self._encode_between(text[end:])
+
+    def _encode_between(self, text: str) -> list[int]:
+        if not self._missing:
+            return self._encoding.encode_ordinary(text)
+        data = text.encode("utf-8", "replace")
+        if len(data.translate(None, self._missing)) == len(data):
+            return self._encoding.encode_ordinary(text)
+        return self._encode_with_missing_bytes(text)
+
+    def _encode_with_missing_bytes(self, text: str) -> list[int]:
+        """As Hugging Face's BPE does: inside a piece, what has no token is left out (its neighbours may merge)."""
+        import regex  # type: ignore[import-untyped]  # a dependency of tiktoken's
+
+        ids: list[int] = []
+        gap = re.compile(b"([" + re.escape(self._missing) + b"])")
+        for piece in regex.findall(self._encoding._pat_str, text):
+            data = piece.encode("utf-8", "replace")
+            kept = [data.translate(None, self._missing)] if self._unknown_id is None else gap.split(data)
+            for part in kept:
+                if part and part in self._missing and self._unknown_id is not None:
+                    ids.append(self._unknown_id)
+                elif part:
+                    ids += self._encoding._encode_single_piece(part)
+        return ids
+
+    def encode_with_offsets(self, text: str) -> OffsetEncoding:
+        """Ids with their places in the text.
+
+        Raises:
+            TokenizerError: the text is not in the vocabulary's Unicode form, or has a lone surrogate, so that places in
+                it would not be those of the tokens.
+        """
+        from llama31_tokenizer.offsets import locate_tokens
+
+        if self._normalization and not unicodedata.is_normalized(self._normalization, text):
+            raise TokenizerError(
+                f"text is not in {self._normalization}, this vocabulary's form; normalise it before asking for offsets"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"text has a lone surrogate at character {error.start}; replace it before asking for offsets"
+            ) from error
+        if (
+            self._missing
+            and self._unknown_id is not None
+            and len(text.encode().translate(None, self._missing)) < len(text.encode())
+        ):
+            raise TokenizerError("text has bytes without a token, whose places cannot be told")
+        ids = self.encode(text)
+        return locate_tokens(text, ids, self._encoding.decode_tokens_bytes(ids), self._missing)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of the tokens, one after the other.
+
+        Raises:
+            TokenizerError: an id that no token has.
+        """
+        try:
+            return self._encoding.decode_bytes(ids)
+        except (KeyError, OverflowError) as error:
+            raise TokenizerError(self._describe_bad_id(ids)) from error
+
+    def _describe_bad_id(self, ids: Sequence[int]) -> str:
+        for index, token_id in enumerate(ids):
+            try:
+                self._encoding.decode_single_token_bytes(token_id)
+            except (KeyError, OverflowError):
+                return f"ids[{index}] is {token_id}, no token has that id; allowed are 0 to {self._size - 1}"
+        raise AssertionError("tiktoken refused ids that it decodes one by one")
+
+
+def compile_names(names: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of any of the names, the longest first, so that a name that begins another does not hide it."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name)))))

@@ -1,0 +1,63 @@
+"""Dialogs to ids: messages in, ids and the spans an assistant wrote out.
+
+Llama 3 vocabularies get Meta's header format; others the chat template of their directory, in jinja2's sandbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from llama31_tokenizer.chat_template import TemplateFormat
+from llama31_tokenizer.controls import is_llama3
+from llama31_tokenizer.dialog import EncodedDialog
+from llama31_tokenizer.errors import TokenizerError
+from llama31_tokenizer.llama3 import START_HEADER
+from llama31_tokenizer.llama3_chat import Llama3Format
+from llama31_tokenizer.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class ChatFormat:
+    """The chat format of a tokenizer.
+
+    Args:
+        tokenizer: with Llama 3's control tokens, or with a chat template.
+        style: "llama3" or "template" to choose; "auto" takes Llama 3's format where the vocabulary has its control
+            tokens, unless the directory's template writes another one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, style: Literal["auto", "llama3", "template"] = "auto") -> None:
+        self.tokenizer = tokenizer
+        template = tokenizer.vocabulary.chat_template
+        if style == "auto":
+            own = is_llama3(tokenizer.special_tokens) and (template is None or START_HEADER in template)
+            style = "llama3" if own else "template"
+        self.style = style
+        self._format: Llama3Format | TemplateFormat
+        if style == "llama3":
+            self._format = Llama3Format(tokenizer)
+        elif template is not None:
+            self._format = TemplateFormat(tokenizer, template)
+        else:
+            raise TokenizerError(
+                f"{tokenizer.vocabulary.source}: no Llama 3 control tokens and no chat template, so no chat format; "
+                "put the model's tokenizer_config.json or chat_template.jinja beside it and use from_pretrained"
+            )
+
+    def encode_dialog(self, messages: Messages, *, add_generation_prompt: bool = False) -> EncodedDialog:
+        """Ids of a whole dialog.
+
+        Args:
+            messages: mappings with `role` (system, user, assistant, tool, ipython) and `content`.
+            add_generation_prompt: end with the start of an assistant's turn, for the model to go on.
+
+        Raises:
+            TokenizerError: an unknown role, content that is no text, or a template that refuses the dialog.
+        """
+        if isinstance(messages, (str, Mapping)) or not messages:
+            raise TokenizerError("messages must be a non-empty list of mappings with role and content")
+        if isinstance(self._format, Llama3Format):
+            return self._format.encode_dialog(messages, add_generation_prompt)
+        return self._format.encode_dialog(messages, add_generation_prompt, {})

@@ -1,0 +1,136 @@
+"""A chat template compiled in jinja2's sandbox, with limits: variables in, text out.
+
+The environment offers what transformers' does (`utils/chat_template_utils.py`): trimmed blocks, loop controls, `tojson`
+without HTML escapes, `raise_exception`, `strftime_now`, the `generation` block. A template is a stranger's code: its
+loops and the strings it builds are bounded, so one that loops ends in an error, not in a stuck process.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llama31_tokenizer.errors import TokenizerError
+
+MAX_STEPS = 1_000_000  # loop passes and macro calls of one rendering
+MAX_PRODUCT = 10_000_000  # characters or items of one repeated string or list, and size of one power
+
+
+class _State(threading.local):
+    """What one rendering counts and marks; each thread has its own."""
+
+    steps = 0
+    begin = ""
+    end = ""
+
+
+class _Guard(Extension):
+    """The `generation` block, and a step counter in every loop and macro."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it a set
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.state = _State()
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("enclose"), [], [], body).set_lineno(line)
+
+    def enclose(self, caller: Macro) -> str:
+        return f"{self.state.begin}{caller()}{self.state.end}"
+
+    def step(self) -> None:
+        self.state.steps += 1
+        if self.state.steps > MAX_STEPS:
+            raise jinja2.TemplateRuntimeError(f"it went through more than {MAX_STEPS:,} loop passes")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        guard = next(ext for ext in self.iter_extensions() if isinstance(ext, _Guard))
+        repeated: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
+        for node in repeated:
+            node.body.insert(0, nodes.ExprStmt(guard.call_method("step")).set_lineno(node.lineno))
+        return tree
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for repeated, count in ((left, right), (right, left)):
+            is_repeat = operator == "*" and hasattr(repeated, "__len__") and isinstance(count, int)
+            if is_repeat and len(repeated) * count > MAX_PRODUCT:
+                raise SecurityError(f"it repeats a value to more than {MAX_PRODUCT:,}")
+        if operator == "**" and (abs(left) > MAX_PRODUCT or abs(right) > 64):
+            raise SecurityError(f"it raises {left} to the power of {right}")
+        return super().call_binop(context, operator, left, right)
+
+
+class ChatTemplate:
+    """One compiled template.
+
+    Args:
+        source: Jinja text.
+        origin: the file it came from, for messages.
+
+    Raises:
+        TokenizerError: it is not valid Jinja.
+    """
+
+    def __init__(self, source: str, origin: Path) -> None:
+        self._origin = origin
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Guard, loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self._guard = next(ext for ext in environment.iter_extensions() if isinstance(ext, _Guard))
+        self.marks_generation = "endgeneration" in source
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TokenizerError(
+                f"{origin}: chat template line {error.lineno}: {error.message}; correct the template"
+            ) from error
+
+    def render(self, variables: Mapping[str, Any], begin: str, end: str) -> str:
+        """The rendered text; `begin` and `end` enclose what the template's generation blocks hold.
+
+        Raises:
+            TokenizerError: the template raised, or went over a limit; its own message is shown.
+        """
+        state = self._guard.state
+        state.steps, state.begin, state.end = 0, begin, end
+        try:
+            return self._template.render(variables)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            raise TokenizerError(f"{self._origin}: the chat template refused the dialog: {error}") from error
+        except (AttributeError, MemoryError) as error:
+            raise TokenizerError(f"{self._origin}: the chat template failed: {error}") from error
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,173 @@
+"""The tokenizer people use: files in, `encode` and `decode` out."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+from llama31_tokenizer.bpe import BpeCodec, compile_names
+from llama31_tokenizer.errors import TokenizerError
+from llama31_tokenizer.loading import load_directory, load_vocabulary
+from llama31_tokenizer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llama31_tokenizer.offsets import OffsetEncoding
+
+SpecialSet = Collection[str] | Literal["all"]
+_NONE: frozenset[str] = frozenset()
+
+
+class Tokenizer:
+    """Text to ids and back with one vocabulary.
+
+    Text that looks like a control token (`<|eot_id|>`) is plain text unless the caller allows it by name, so what a
+    user types cannot end a turn or open another; `ChatFormat` inserts control ids itself.
+
+    Attributes:
+        vocabulary: what was read from the file.
+        vocab_size: one more than the largest id.
+        bos_id, eos_id, pad_id: ids, or None where the vocabulary has none.
+        stop_ids: ids that end a generation.
+        special_tokens: control tokens, name to id.
+        sha256: of the vocabulary file (of a GGUF file: of its key-value header).
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._codec = BpeCodec(vocabulary)
+        self.vocab_size = vocabulary.size
+        self.bos_id = vocabulary.controls.bos_id
+        self.eos_id = vocabulary.controls.eos_id
+        self.pad_id = vocabulary.controls.pad_id
+        self.stop_ids = vocabulary.controls.stop_ids
+        self.special_tokens: Mapping[str, int] = MappingProxyType(dict(vocabulary.special_tokens))
+        self.sha256 = vocabulary.sha256
+        self._special_ids = frozenset(self.special_tokens.values())
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str]) -> Tokenizer:
+        """From one file: tiktoken ranks, a tokenizer.json or a GGUF model, told apart by content.
+
+        Raises:
+            TokenizerError: none of these, or damaged; the message says where.
+        """
+        return cls(load_vocabulary(Path(path)))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | PathLike[str]) -> Tokenizer:
+        """From a model directory, whose tokenizer_config.json, chat template and generation_config.json count too.
+
+        Raises:
+            TokenizerError: no such directory, or no file in it that holds a vocabulary.
+        """
+        return cls(load_directory(Path(directory)))
+
+    def __repr__(self) -> str:
+        return (
+            f"Tokenizer({str(self.vocabulary.source)!r}, kind={self.vocabulary.kind!r}, vocab_size={self.vocab_size})"
+        )
+
+    def encode(
+        self,
+        text: str,
+        *,
+        bos: bool = False,
+        eos: bool = False,
+        allowed_special: SpecialSet = _NONE,
+        disallowed_special: SpecialSet = _NONE,
+    ) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            text: any string; a lone surrogate counts as U+FFFD.
+            bos: put the beginning-of-text id in front.
+            eos: put the end-of-text id behind.
+            allowed_special: control tokens whose names in the text become their ids, or "all". Only for text you wrote.
+            disallowed_special: control tokens whose names in the text raise, or "all" for those not allowed.
+
+        Raises:
+            TokenizerError: a disallowed name in the text, an unknown name in a set, or bos/eos the vocabulary lacks.
+        """
+        if allowed_special or disallowed_special:
+            ids = self._encode_with_special(text, allowed_special, disallowed_special)
+        else:
+            ids = self._codec.encode(text)
+        if bos:
+            ids.insert(0, self._required(self.bos_id, "bos"))
+        if eos:
+            ids.append(self._required(self.eos_id, "eos"))
+        return ids
+
+    def encode_with_offsets(self, text: str) -> OffsetEncoding:
+        """Ids of a plain text with their byte and character places in it.
+
+        Raises:
+            TokenizerError: a text that cannot be encoded as it stands (see `errors`).
+        """
+        return self._codec.encode_with_offsets(text)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False, errors: str = "replace") -> str:
+        """Text of the ids.
+
+        Args:
+            ids: integers below `vocab_size`.
+            skip_special_tokens: leave control tokens out.
+            errors: for bytes that are not UTF-8, as in `bytes.decode`.
+
+        Raises:
+            TokenizerError: an id that no token has; the message gives its place.
+            UnicodeDecodeError: with `errors="strict"`, bytes that are not UTF-8.
+        """
+        return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode("utf-8", errors)
+
+    def decode_bytes(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> bytes:
+        """Bytes of the ids, which need not end at a character's end."""
+        if skip_special_tokens:
+            special = self._special_ids
+            ids = [token for token in ids if token not in special]
+        return self._codec.decode_bytes(ids)
+
+    def _encode_with_special(self, text: str, allowed: SpecialSet, disallowed: SpecialSet) -> list[int]:
+        allowed_names = self._resolve(allowed, "allowed_special")
+        disallowed_names = self._resolve(disallowed, "disallowed_special")
+        if disallowed == "all":
+            disallowed_names -= allowed_names
+        if disallowed_names and (found := _compile_names(disallowed_names).search(text)):
+            raise TokenizerError(
+                f"text has {found.group()!r} at character {found.start()}, which disallowed_special forbids; allow it "
+                "in allowed_special, or leave disallowed_special empty to encode it as plain text"
+            )
+        if not allowed_names:
+            return self._codec.encode(text)
+        ids: list[int] = []
+        end = 0
+        for match in _compile_names(allowed_names).finditer(text):
+            ids += self._codec.encode(text[end : match.start()])
+            ids.append(self.special_tokens[match.group()])
+            end = match.end()
+        return ids + self._codec.encode(text[end:])
+
+    def _resolve(self, names: SpecialSet, argument: str) -> frozenset[str]:
+        if names == "all":
+            return frozenset(self.special_tokens)
+        unknown = [name for name in names if name not in self.special_tokens]
+        if unknown or isinstance(names, str):
+            raise TokenizerError(
+                f"{argument} has {unknown[:1] or names!r}, expected 'all' or a set of names in special_tokens"
+            )
+        return frozenset(names)
+
+    def _required(self, token_id: int | None, role: str) -> int:
+        if token_id is None:
+            raise TokenizerError(f"{self.vocabulary.source}: states no {role} token, so {role}=True cannot be done")
+        return token_id
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_names(names: frozenset[str]) -> re.Pattern[str]:
+    return compile_names(names)
