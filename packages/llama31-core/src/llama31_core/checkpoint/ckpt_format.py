@@ -13,13 +13,12 @@ import zlib
 from dataclasses import dataclass, field
 
 from llama31_core.checkpoint.dtypes import BY_MINDSPORE, DType
-from llama31_core.checkpoint.stored import OpenFile, StoredTensor
+from llama31_core.checkpoint.stored import MAX_DIMS, OpenFile, StoredTensor, is_shape
 from llama31_core.errors import CheckpointError
 
 _CRC_MARK, _CRC_BYTES = b"crc_num", 17
 _WINDOW_BYTES = 4096
 _MAX_TEXT_BYTES = 4096
-_MAX_DIMS = 16
 # Protobuf keys: field number * 8 + wire type (0 varint, 2 length-delimited).
 _VALUE, _TAG, _TENSOR, _MAP_TENSOR = 0x0A, 0x0A, 0x12, 0x1A
 _DIM, _PACKED_DIMS, _TYPE, _CONTENT = 0x08, 0x0A, 0x12, 0x1A
@@ -152,7 +151,7 @@ def _read_tensor(outer: _Cursor, value: _Value) -> None:
         elif key == _PACKED_DIMS:
             packed_size = inner.length()
             packed_end = inner.position + packed_size
-            while inner.position < packed_end and len(value.dims) <= _MAX_DIMS:
+            while inner.position < packed_end and len(value.dims) <= MAX_DIMS:
                 value.dims.append(inner.varint())
         elif key == _TYPE:
             value.type_name = _decode(inner, inner.text(inner.length(), limit=64))
@@ -162,7 +161,7 @@ def _read_tensor(outer: _Cursor, value: _Value) -> None:
             inner.position += content_size
         else:
             raise inner.fail(f"an unknown tensor field with key {key} begins")
-        if len(value.dims) > _MAX_DIMS or any(dim >= 2**63 for dim in value.dims):
+        if not is_shape(value.dims):
             raise inner.fail("a tensor has impossible dims")
     outer.position += size
 

@@ -51,7 +51,7 @@ BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
 BY_MINDSPORE = {dtype.mindspore: dtype for dtype in DTYPES}
 WEIGHT_DTYPES = tuple(dtype for dtype in DTYPES if dtype.word is not None)
 _BY_WORD = {key: dtype for dtype in WEIGHT_DTYPES for key in (dtype.name, dtype.word)}
-_BY_NUMPY = {dtype.numpy: dtype for dtype in DTYPES}
+_BY_NUMPY = {dtype.numpy.name: dtype for dtype in DTYPES}  # by name: MindSpore has a bfloat16 of its own
 
 
 def dtype_of(kind: str | np.dtype[Any]) -> DType:
@@ -65,9 +65,9 @@ def dtype_of(kind: str | np.dtype[Any]) -> DType:
             allowed = ", ".join(str(dtype.word) for dtype in WEIGHT_DTYPES)
             raise CheckpointError(f"dtype {kind!r} is not known: allowed are {allowed}")
         return _BY_WORD[kind]
-    if kind not in _BY_NUMPY:
+    if kind.name not in _BY_NUMPY:
         raise CheckpointError(f"arrays of numpy dtype {kind} cannot be stored in a checkpoint")
-    return _BY_NUMPY[kind]
+    return _BY_NUMPY[kind.name]
 
 
 def cast(array: Array, dtype: DType, *, tensor: str) -> Array:
@@ -76,8 +76,8 @@ def cast(array: Array, dtype: DType, *, tensor: str) -> Array:
     Raises:
         CheckpointError: finite values of `tensor` are beyond the new type's range.
     """
-    if array.dtype == dtype.numpy:
-        return array
+    if array.dtype.name == dtype.numpy.name:
+        return array.view(dtype.numpy)
     with np.errstate(over="ignore"):
         result = array.astype(dtype.numpy)
     narrower = dtype.numpy.kind == "f" and dtype.size_bytes < array.dtype.itemsize

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama31_core.checkpoint.dtypes import BY_SAFETENSORS, DType
-from llama31_core.checkpoint.stored import OpenFile, StoredTensor
+from llama31_core.checkpoint.stored import OpenFile, StoredTensor, is_shape
 from llama31_core.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -94,7 +94,7 @@ def _read_entry(file: OpenFile, name: str, entry: object) -> tuple[DType, tuple[
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{file.path}: tensor {name!r} must have dtype, shape and data_offsets, got {entry!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_size, shape)):
+    if not is_shape(shape):
         raise CheckpointError(f"{file.path}: tensor {name!r} has shape {shape!r}, expected a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise CheckpointError(f"{file.path}: tensor {name!r} has data_offsets {offsets!r}, expected [begin, end]")

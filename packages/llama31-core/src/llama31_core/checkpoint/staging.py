@@ -98,6 +98,8 @@ def _locked(part: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino != lock.stat().st_ino:  # its last holder took the file away meanwhile
+                raise BlockingIOError
         except OSError:
             raise CheckpointError(f"another process is writing {part}; wait for it or choose another place") from None
         try:

@@ -19,7 +19,7 @@ import numpy as np
 from llama31_core.checkpoint.dtypes import Array, DType
 from llama31_core.errors import CheckpointError
 
-Index = tuple[slice, ...]
+MAX_DIMS = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class StoredTensor:
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.size_bytes
+
+
+def is_shape(dims: object) -> bool:
+    """Whether `dims` is a list of sizes that an array can have; files may claim anything."""
+    if not isinstance(dims, list) or len(dims) > MAX_DIMS:
+        return False
+    if not all(isinstance(dim, int) and not isinstance(dim, bool) and dim >= 0 for dim in dims):
+        return False
+    size: int = math.prod(dim for dim in dims if dim)
+    return size < 2**48
 
 
 class OpenFile:
