@@ -10,12 +10,12 @@ _square_sum = ops.MultitypeFuncGraph("square_sum")
 _update = ops.MultitypeFuncGraph("update")
 
 
-@_square_sum.register("Tensor")
+@_square_sum.register("Tensor")  # type: ignore[untyped-decorator]
 def _square_sum_of(gradient: Tensor) -> Tensor:
     return ops.square(gradient).sum()
 
 
-@_update.register("Function", "Number", "Number", *["Tensor"] * 8)
+@_update.register("Function", "Number", "Number", *["Tensor"] * 8)  # type: ignore[untyped-decorator]
 def _update_one(
     adam: ops.Primitive,
     beta1: float,
@@ -77,7 +77,7 @@ class AdamW(nn.Cell):  # type: ignore[misc]
         """Change the weights and give the gradients' global norm before clipping."""
         norm = ops.sqrt(ops.addn(self._map(_square_sum, gradients)))
         scale = ops.minimum(self._max_norm / (norm + 1e-6), ops.ones_like(norm))
-        decays = ()
+        decays: tuple[Tensor, ...] = ()
         for is_decayed in self._is_decayed:
             decays += (decay if is_decayed else ops.zeros_like(decay),)
         update = ops.partial(_update, self._adam, self._beta1, self._beta2, rate, eps, scale)
