@@ -1,0 +1,3 @@
+from llama31_serve.cli import main
+
+raise SystemExit(main())

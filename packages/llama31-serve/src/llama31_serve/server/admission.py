@@ -1,0 +1,94 @@
+"""Who may run, who waits, who is turned away: max_running completions run, twice as many wait, more are refused."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from types import TracebackType
+
+import grpc
+
+from llama31_serve.server.refusal import Refusal
+
+QUEUED_PER_RUNNING = 2
+RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 0.1, 30.0
+
+
+class Place:
+    """A request's place in the server, `size` completions large. Leaving the `with` block frees it."""
+
+    def __init__(self, admission: Admission, size: int) -> None:
+        self._admission = admission
+        self.size = size
+        self.started_s: float | None = None
+
+    async def start(self) -> None:
+        """Wait for a turn to run, first come first served."""
+        await self._admission.wait_turn(self)
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._admission.leave(self)
+
+
+class Admission:
+    """Counts completions. Used on the event loop alone."""
+
+    def __init__(self, max_running: int) -> None:
+        self.max_running = max_running
+        self.max_held = max_running * (1 + QUEUED_PER_RUNNING)
+        self.num_running = 0
+        self.num_held = 0  # running, waiting, or still being tokenised
+        self._turns: deque[tuple[Place, asyncio.Future[None]]] = deque()
+        self._mean_run_s = 1.0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def reserve(self, size: int) -> Place:
+        """A place for `size` completions. Raises Refusal (RESOURCE_EXHAUSTED with RetryInfo) if the server is full."""
+        if self.num_held + size > self.max_held:
+            retry_after_s = min(max(self._mean_run_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)
+            message = (
+                f"the server is full: it holds {self.num_held} completions of at most {self.max_held} "
+                f"({self.max_running} running); try again in {retry_after_s:.1f} s"
+            )
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=retry_after_s)
+        self.num_held += size
+        self._empty.clear()
+        return Place(self, size)
+
+    async def wait_turn(self, place: Place) -> None:
+        """See Place.start."""
+        turn = asyncio.get_running_loop().create_future()
+        self._turns.append((place, turn))
+        self._give_turns()
+        await turn
+
+    def leave(self, place: Place) -> None:
+        """See Place."""
+        self.num_held -= place.size
+        if place.started_s is not None:
+            self.num_running -= place.size
+            self._mean_run_s += 0.1 * (time.monotonic() - place.started_s - self._mean_run_s)
+        else:
+            self._turns = deque(entry for entry in self._turns if entry[0] is not place)
+        self._give_turns()
+        if self.num_held == 0:
+            self._empty.set()
+
+    async def wait_empty(self) -> None:
+        """Wait until nobody holds a place."""
+        await self._empty.wait()
+
+    def _give_turns(self) -> None:
+        while self._turns and self.num_running + self._turns[0][0].size <= self.max_running:
+            place, turn = self._turns.popleft()
+            self.num_running += place.size
+            place.started_s = time.monotonic()
+            if not turn.done():  # cancelled while it waited: its `with` block gives the turn back
+                turn.set_result(None)

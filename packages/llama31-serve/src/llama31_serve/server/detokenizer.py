@@ -1,0 +1,73 @@
+"""Detokenises beside the event loop and the engine thread: step outputs in, updates out, one hop to the loop a step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from llama31_serve.server.engine_thread import JobOutput
+from llama31_serve.server.job import Inbox, Update
+
+logger = logging.getLogger(__name__)
+
+MAX_STEPS_BEHIND = 4  # then the engine waits: a stop string must not be found long after the tokens were made
+
+
+class Detokenizer:
+    """One thread that owns the text state of every job. `push` may be called from any thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, abort: Callable[[str], None]) -> None:
+        """`abort` is told the engine id of a job that met a stop string, which the engine can't see."""
+        self._loop = loop
+        self._abort = abort
+        self._steps: queue.Queue[tuple[list[JobOutput], float] | None] = queue.Queue(MAX_STEPS_BEHIND)
+        self._thread = threading.Thread(target=self._run, name="llama31-detokenizer", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def push(self, outputs: list[JobOutput], time_s: float) -> None:
+        """Take what one step made at `time_s`; waits if this thread is several steps behind."""
+        self._steps.put((outputs, time_s))
+
+    def stop(self, timeout_s: float) -> bool:
+        """End after everything pushed so far; False if that takes too long."""
+        self._steps.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (step := self._steps.get()) is not None:
+            outputs, time_s = step
+            updates = [(output.job.inbox, update) for output in outputs if (update := self._read(output)) is not None]
+            if not updates:
+                continue
+            try:
+                self._loop.call_soon_threadsafe(_deliver, updates, time_s)
+            except RuntimeError:  # the loop is closed: nobody is left to read
+                return
+
+    def _read(self, output: JobOutput) -> Update | None:
+        job = output.job
+        if job.text.ended:  # tokens the engine made before it heard of the stop string
+            return None
+        if output.failure is not None:
+            return job.text.fail(output.failure)
+        try:
+            update = job.text.push(output.token_ids, output.finish)
+        except Exception as error:  # a token id the vocabulary does not have ends this job alone
+            logger.exception("cannot detokenise request %s", job.engine_id)
+            self._abort(job.engine_id)
+            return job.text.fail(error)
+        if update.finished is not None and output.finish is None:
+            self._abort(job.engine_id)
+        return update
+
+
+def _deliver(updates: list[tuple[Inbox, Update]], time_s: float) -> None:
+    for inbox, update in updates:
+        inbox.put(update, time_s)

@@ -1,0 +1,172 @@
+"""The only caller of the engine. Jobs and aborts in through a queue, step outputs out to the detokeniser.
+
+The engine is made, warmed up and stepped on this one thread. Aborts that arrive during a step act before the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from llama31_serve.server.engine import Engine, EngineFinish
+from llama31_serve.server.job import Job
+
+logger = logging.getLogger(__name__)
+
+
+class EngineFailedError(Exception):
+    """The engine raised while it worked on a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutput:
+    """What a step made for one job, or the error that ended it."""
+
+    job: Job
+    token_ids: Sequence[int] = ()
+    finish: EngineFinish | None = None
+    failure: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    engine_id: str
+    tell: bool
+
+
+Emit = Callable[[list[JobOutput], float], None]
+MAX_CONSECUTIVE_FAILURES = 3
+
+
+class EngineThread:
+    """Runs one engine. `submit`, `abort` and `stop` may be called from any thread.
+
+    Args:
+        load: makes the engine, on the thread.
+        emit: takes what each step made, and its time (time.monotonic).
+        on_broken: called once, on the thread, when so many steps failed in a row that the engine is given up.
+    """
+
+    def __init__(self, load: Callable[[], Engine], emit: Emit, on_broken: Callable[[], None]) -> None:
+        self._load = load
+        self._emit = emit
+        self._on_broken = on_broken
+        self._commands: queue.SimpleQueue[Job | _Abort | None] = queue.SimpleQueue()
+        self._jobs: dict[str, Job] = {}
+        self._thread = threading.Thread(target=self._run, name="llama31-engine", daemon=True)
+        self.ready: Future[Engine] = Future()
+        self._consecutive_failures = 0
+
+    def start(self) -> None:
+        """Begin to load the engine; `ready` resolves to it after the warm-up, or to what went wrong."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Hand a job to the engine before its next step."""
+        self._commands.put(job)
+
+    def abort(self, engine_id: str, *, tell: bool = False) -> None:
+        """Forget a job before the next step. With `tell` its last output says "abort", else it has no more outputs."""
+        self._commands.put(_Abort(engine_id, tell))
+
+    def stop(self) -> None:
+        """End the thread after the step it is in; jobs that are left are aborted."""
+        self._commands.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the end of the thread; False if it is still in a step."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs in the engine now."""
+        return len(self._jobs)
+
+    def _run(self) -> None:
+        self.ready.set_running_or_notify_cancel()  # from here on nobody who waits for it can cancel it
+        try:
+            engine = self._load()
+            engine.warm_up()
+        except BaseException as error:  # noqa: BLE001  whatever it is, whoever waits for `ready` has to hear of it
+            self.ready.set_exception(error)
+            return
+        self.ready.set_result(engine)
+        while self._obey(engine):
+            if engine.has_unfinished():
+                self._step(engine)
+                if self._consecutive_failures == MAX_CONSECUTIVE_FAILURES:
+                    self._on_broken()
+        for engine_id in tuple(self._jobs):
+            self._forget(engine, engine_id, tell=True)
+
+    def _obey(self, engine: Engine) -> bool:
+        """Carry out every command that waits; with an idle engine wait for one. False: stop."""
+        idle = not engine.has_unfinished()
+        while True:
+            try:
+                command = self._commands.get(block=idle)
+            except queue.Empty:
+                return True
+            idle = False
+            if command is None:
+                return False
+            if isinstance(command, Job):
+                self._add(engine, command)
+            else:
+                self._forget(engine, command.engine_id, tell=command.tell)
+
+    def _add(self, engine: Engine, job: Job) -> None:
+        job.started_s = time.monotonic()
+        try:
+            engine.add(job.engine_id, job.prompt_ids, job.sampling)
+        except Exception as error:  # noqa: BLE001  the engine's fault or the request's: this job ends, the thread lives
+            self._emit([JobOutput(job, failure=error)], time.monotonic())
+            return
+        self._jobs[job.engine_id] = job
+
+    def _forget(self, engine: Engine, engine_id: str, *, tell: bool) -> None:
+        job = self._jobs.pop(engine_id, None)
+        if job is None:
+            return
+        try:
+            engine.abort(engine_id)
+        except Exception:
+            logger.exception("the engine failed to abort request %s", engine_id)
+        if tell:
+            self._emit([JobOutput(job, finish="abort")], time.monotonic())
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            outputs = engine.step()
+        except Exception as error:
+            logger.exception("the engine failed in a step with %d requests", len(self._jobs))
+            self._consecutive_failures += 1
+            self._fail_all(engine, error)
+            return
+        self._consecutive_failures = 0
+        now_s = time.monotonic()
+        made: list[JobOutput] = []
+        for output in outputs:
+            if output.finish_reason is None:
+                job = self._jobs.get(output.request_id)
+            else:
+                job = self._jobs.pop(output.request_id, None)
+            if job is not None:
+                made.append(JobOutput(job, output.token_ids, output.finish_reason))
+        if made:
+            self._emit(made, now_s)
+
+    def _fail_all(self, engine: Engine, error: Exception) -> None:
+        """A step is one computation over all running requests: if it fails, none of them can go on."""
+        failure = EngineFailedError(f"the engine failed: {type(error).__name__}")
+        jobs = tuple(self._jobs.values())
+        for job in jobs:
+            self._forget(engine, job.engine_id, tell=False)
+        self._emit([JobOutput(job, failure=failure) for job in jobs], time.monotonic())

@@ -1,0 +1,84 @@
+"""What an operator can set, checked before a port is bound or a weight is read."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama31_serve.errors import StartError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Passed on to the engine; None leaves the choice to it."""
+
+    max_seq_len: int | None = None
+    max_batch_size: int | None = None
+    num_blocks: int | None = None
+    block_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Where to listen, how much to take on, how long to wait at the end.
+
+    Attributes:
+        max_running: completions handed to the engine at once; twice as many wait, more are refused.
+        default_max_tokens: for requests that do not say.
+        drain_timeout_s: how long running requests may take after SIGTERM.
+        allow_special_tokens: callers may write control tokens into text.
+        allow_any_address: listening on 0.0.0.0 or :: is meant.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    model_name: str = "model"
+    max_running: int = 64
+    default_max_tokens: int = 512
+    drain_timeout_s: float = 30.0
+    allow_special_tokens: bool = False
+    allow_any_address: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise StartError(f"--port is {self.port}, allowed are 0 (any free one) to 65535")
+        for name, value in (("max_running", self.max_running), ("default_max_tokens", self.default_max_tokens)):
+            if value < 1:
+                raise StartError(f"--{name} is {value}, allowed are numbers from 1 up")
+        if not self.drain_timeout_s >= 0:
+            raise StartError(f"--drain_timeout_s is {self.drain_timeout_s}, allowed are numbers from 0 up")
+        if not self.allow_any_address and _is_any_address(self.host):
+            raise StartError(
+                f"--host {self.host} listens on every interface; name one address, or add --allow_any_address"
+            )
+
+    @property
+    def address(self) -> str:
+        """host:port, with brackets around an IPv6 host."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _is_any_address(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return host == ""
+
+
+def check_model_dir(path: Path) -> None:
+    """Raises StartError unless `path` looks like a model directory."""
+    if not path.exists():
+        raise StartError(
+            f"--model {path}: no such directory; give a model directory, as llama31-ckpt convert writes it"
+        )
+    if not path.is_dir():
+        raise StartError(f"--model {path}: is a file; give the model directory, as llama31-ckpt convert writes it")
+    if not (path / "config.json").is_file():
+        raise StartError(
+            f"--model {path}: has no config.json; give a model directory, as llama31-ckpt convert writes it"
+        )
+    if not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        raise StartError(f"--model {path}: has neither tokenizer.model nor tokenizer.json")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.ckpt")):
+        raise StartError(f"--model {path}: has no weights (*.safetensors or *.ckpt)")

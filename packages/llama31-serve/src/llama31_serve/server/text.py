@@ -1,0 +1,80 @@
+"""Text to tokens and back for the handlers, in worker threads so that the event loop never waits for a long prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import grpc
+
+from llama31_serve.errors import FieldViolation
+from llama31_serve.server.engine import StreamDecoder, Tokenizer
+from llama31_serve.server.refusal import Refusal, invalid
+from llama31_serve.server.validation import ConversationInput, Prompt, TextInput
+
+
+@dataclass(frozen=True, slots=True)
+class TextModel:
+    """The model's way with text.
+
+    Attributes:
+        tokenizer: vocabulary.
+        encode_conversation: messages to ids, opened for the assistant.
+        stream_decoder: makes a decoder; the argument says whether control tokens are left out.
+        errors: what these raise when the caller's text, ids or conversation is at fault.
+    """
+
+    tokenizer: Tokenizer
+    encode_conversation: Callable[[Sequence[Mapping[str, str]]], list[int]]
+    stream_decoder: Callable[[bool], StreamDecoder]
+    errors: tuple[type[Exception], ...]
+
+
+class TextWorker:
+    """Runs a TextModel in a few threads."""
+
+    def __init__(self, model: TextModel, *, allow_special_tokens: bool, num_threads: int = 2) -> None:
+        self.model = model
+        self._allow_special_tokens = allow_special_tokens
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="llama31-tokenizer")
+
+    def close(self) -> None:
+        """End the threads after what they are doing."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    async def encode(self, prompt: Prompt) -> Sequence[int]:
+        """Token ids of a prompt. Raises Refusal if control tokens are not allowed, or the chat template refuses."""
+        if isinstance(prompt, tuple):
+            return prompt
+        if isinstance(prompt, TextInput) and prompt.parse_special_tokens and not self._allow_special_tokens:
+            raise Refusal(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "text.parse_special_tokens: this server reads control tokens in text as plain characters; "
+                "send token_ids or a conversation, or start the server with --allow_special_tokens",
+            )
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, prompt)
+
+    async def decode(self, token_ids: Sequence[int], *, include_special_tokens: bool) -> str:
+        """Text of token ids. Raises Refusal for an id that no token has."""
+
+        def decode() -> str:
+            try:
+                return self.model.tokenizer.decode(token_ids, skip_special_tokens=not include_special_tokens)
+            except self.model.errors as error:
+                raise invalid([FieldViolation("token_ids", str(error))]) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, decode)
+
+    def _encode(self, prompt: TextInput | ConversationInput) -> list[int]:
+        try:
+            if isinstance(prompt, ConversationInput):
+                return self.model.encode_conversation(prompt.messages)
+            allowed: AbstractSet[str] | Literal["all"] = "all" if prompt.parse_special_tokens else frozenset()
+            return self.model.tokenizer.encode(prompt.text, bos=prompt.add_bos, allowed_special=allowed)
+        except self.model.errors as error:
+            field = "messages" if isinstance(prompt, ConversationInput) else "text"
+            raise invalid([FieldViolation(field, str(error))]) from error

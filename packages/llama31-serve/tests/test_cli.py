@@ -1,0 +1,154 @@
+"""The llama31-serve command: what it prints and its exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama31_serve import Client
+from llama31_serve.cli import main
+
+Serve = Any
+ECHO_SERVER = """
+    import asyncio, sys
+    from pathlib import Path
+    from llama31_serve.commands.start import serve_until_signal
+    from llama31_serve.server.app import Server
+    from llama31_serve.server.echo_engine import EchoEngine
+    from llama31_serve.server.model_text import load_text
+    from llama31_serve.server.options import ServerOptions
+
+    async def run():
+        engine = EchoEngine(vocab_size=259, step_s=0.005)
+        options = ServerOptions(port=0, model_name="echo", max_running=4)
+        return await serve_until_signal(Server(options, lambda: load_text(Path(sys.argv[1])), lambda: engine))
+
+    raise SystemExit(asyncio.run(run()))
+"""
+
+
+def complain(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that must fail with exit code 1."""
+    assert main(argv) == 1
+    captured = capsys.readouterr()
+    assert "Daemon start success!" not in captured.out
+    lines = captured.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("llama31-serve: error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def model_dir(tokenizer_dir: Path, tmp_path: Path) -> Path:
+    """Looks like a model directory, but its weights cannot be read."""
+    for file in tokenizer_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "has no config.json"),
+        ("tokenizer.json", "has neither tokenizer.model nor tokenizer.json"),
+        ("model.safetensors", "has no weights"),
+    ],
+)
+def test_start_with_an_incomplete_model(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, missing: str, message: str
+) -> None:
+    (model_dir / missing).unlink()
+    assert message in complain(capsys, "start", "--model", str(model_dir), "--port", "0")
+
+
+def test_start_without_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "no such directory" in complain(capsys, "start", "--model", str(tmp_path / "none"))
+    (tmp_path / "file").touch()
+    assert "is a file" in complain(capsys, "start", "--model", str(tmp_path / "file"))
+
+
+def test_start_with_the_port_taken(capsys: pytest.CaptureFixture[str], model_dir: Path, no_leaks: None) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        error = complain(capsys, "start", "--model", str(model_dir), "--port", str(port))
+    assert f"cannot listen on 127.0.0.1:{port}" in error  # and not a word of the weights, which are broken
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--host", "0.0.0.0"), "--allow_any_address"),
+        (("--host", "::"), "--allow_any_address"),
+        (("--port", "70000"), "--port is 70000"),
+        (("--max_running", "0"), "--max_running is 0"),
+        (("--drain_timeout_s", "-1"), "--drain_timeout_s is -1"),
+    ],
+)
+def test_start_with_a_wrong_option(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, flags: tuple[str, ...], message: str
+) -> None:
+    assert message in complain(capsys, "start", "--model", str(model_dir), *flags)
+
+
+@pytest.mark.parametrize("argv", [(), ("start",), ("unknown",), ("start", "--model", "x", "--no_such_flag")])
+def test_wrong_usage(argv: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+
+
+async def test_asking_commands(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    async with serve() as running:
+
+        async def output(*argv: str) -> str:
+            assert await asyncio.to_thread(main, (*argv, "--address", running.server.address)) == 0
+            return capsys.readouterr().out
+
+        assert await output("generate", "abc", "--max_tokens", "5", "--temperature", "0") == "abcab\n"
+        assert await output("generate", "abc", "--max_tokens", "50", "--stop", "ca") == "ab\n"
+        assert await output("chat", "Hi", "--max_tokens", "40") == "user\nHi\n"
+        assert await output("chat", "Hi", "--max_tokens", "40", "--system", "Be") == "system\nBe\n"
+        assert await output("health", "--wait_s", "5") == "SERVING\n"
+
+
+def test_asking_where_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        assert "UNAVAILABLE" in complain(capsys, "generate", "x", "--address", address)
+        assert "UNAVAILABLE" in complain(capsys, "health", "--address", address)
+
+
+def test_sigterm_under_load_loses_no_accepted_request(tokenizer_dir: Path) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(ECHO_SERVER), str(tokenizer_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            server.stdout.readline()
+            ready = server.stdout.readline()
+            assert ready.startswith("Daemon start success! echo is served on 127.0.0.1:")
+            with Client(ready.split(" on ")[1].split()[0], timeout_s=30) as client:
+                streams = [client.generate_stream("ab", max_tokens=60) for _ in range(12)]  # 4 run, 8 wait
+                next(streams[0])
+                next(streams[3])
+                server.send_signal(signal.SIGTERM)
+                for stream in streams:
+                    for _ in stream:
+                        pass
+                assert [stream.result and stream.result.text for stream in streams] == ["ab" * 30] * 12
+            assert server.wait(20) == 0
+            assert server.stdout.read().splitlines()[-1] == "Stopped"
+        finally:
+            server.kill()
