@@ -48,7 +48,7 @@ def hf_llama3(llama3_file: Path) -> Any:
     from llama31_tokenizer.patterns import LLAMA3
 
     return TikTokenConverter(
-        str(llama3_file), pattern=LLAMA3.regex, extra_special_tokens=list(SPECIAL_TOKENS)
+        str(llama3_file), pattern=LLAMA3.split, extra_special_tokens=list(SPECIAL_TOKENS)
     ).converted()
 
 

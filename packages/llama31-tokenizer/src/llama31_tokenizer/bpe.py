@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import tiktoken
 
 from llama31_tokenizer.errors import TokenizerError
+from llama31_tokenizer.long_pieces import STEP_CHARS, WINDOW_BYTES, encode_long_piece
 from llama31_tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -42,12 +43,13 @@ class BpeCodec:
             mergeable_ranks=ranks,
             special_tokens={**vocabulary.literal_tokens, **vocabulary.special_tokens},
         )
+        self._pattern = vocabulary.pattern.regex
         self._is_plain = not (self._missing or self._literals or self._normalization)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; what looks like a control token is text."""
         if self._is_plain:
-            return self._encoding.encode_ordinary(text)
+            return self._encode_ordinary(text)
         if self._normalization:
             text = unicodedata.normalize(self._normalization, text)
         if not self._literals:
@@ -60,12 +62,30 @@ class BpeCodec:
             end = match.end()
         return ids + self._encode_between(text[end:])
 
+    def _encode_ordinary(self, text: str) -> list[int]:
+        if len(text) < 2 * STEP_CHARS:
+            return self._encoding.encode_ordinary(text)
+        from llama31_tokenizer.long_runs import encode_around_runs  # needs regex, which takes time to import
+
+        text = replace_surrogates(text)
+        return encode_around_runs(text, self._pattern, self._encoding.encode_ordinary, self._encode_piece)
+
+    def _encode_piece(self, piece: str) -> list[int]:
+        return self._encode_piece_bytes(piece.encode())
+
+    def _encode_piece_bytes(self, data: bytes) -> list[int]:
+        encode = self._encoding._encode_single_piece
+        if len(data) <= WINDOW_BYTES:
+            return encode(data)
+        return encode_long_piece(data, encode, self._encoding.decode_single_token_bytes)
+
     def _encode_between(self, text: str) -> list[int]:
         if not self._missing:
-            return self._encoding.encode_ordinary(text)
-        data = text.encode("utf-8", "replace")
+            return self._encode_ordinary(text)
+        text = replace_surrogates(text)
+        data = text.encode()
         if len(data.translate(None, self._missing)) == len(data):
-            return self._encoding.encode_ordinary(text)
+            return self._encode_ordinary(text)
         return self._encode_with_missing_bytes(text)
 
     def _encode_with_missing_bytes(self, text: str) -> list[int]:
@@ -74,14 +94,14 @@ class BpeCodec:
 
         ids: list[int] = []
         gap = re.compile(b"([" + re.escape(self._missing) + b"])")
-        for piece in regex.findall(self._encoding._pat_str, text):
-            data = piece.encode("utf-8", "replace")
+        for piece in regex.finditer(self._pattern, text):
+            data = piece.group().encode()
             kept = [data.translate(None, self._missing)] if self._unknown_id is None else gap.split(data)
             for part in kept:
                 if part and part in self._missing and self._unknown_id is not None:
                     ids.append(self._unknown_id)
                 elif part:
-                    ids += self._encoding._encode_single_piece(part)
+                    ids += self._encode_piece_bytes(part)
         return ids
 
     def encode_with_offsets(self, text: str) -> OffsetEncoding:
@@ -135,3 +155,12 @@ class BpeCodec:
 def compile_names(names: Iterable[str]) -> re.Pattern[str]:
     """A pattern of any of the names, the longest first, so that a name that begins another does not hide it."""
     return re.compile("|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name)))))
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with pairs of surrogates joined and lone ones as U+FFFD, as tiktoken encodes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
