@@ -42,6 +42,13 @@ ASSETS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
     ),
+    # The template published with Llama 3.1 Instruct, to compare with.
+    "llama31-chat-template": Asset(
+        requirement="ldp==1.10.0",
+        member="ldp/nn/chat_templates/llama3.1_chat_template_hf.jinja",
+        sha256="e10ca381b1ccc5cf9db52e371f3b6651576caee0a630b452e2816b2d404d4b65",
+        licence="Apache-2.0",
+    ),
 }
 
 

@@ -14,6 +14,9 @@ from llama31_tokenizer.long_pieces import STEP_CHARS, WINDOW_BYTES, encode_long_
 from llama31_tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from llama31_tokenizer.offsets import OffsetEncoding
 
 
@@ -61,6 +64,17 @@ class BpeCodec:
             ids.append(self._literal_ids[match.group()])
             end = match.end()
         return ids + self._encode_between(text[end:])
+
+    def encode_to_numpy(self, text: str) -> npt.NDArray[np.int32]:
+        """Ids of a text as an array, without a list in between where that can be."""
+        import numpy as np
+
+        if self._is_plain and len(text) < 2 * STEP_CHARS:
+            try:
+                return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+            except UnicodeEncodeError:
+                pass  # a lone surrogate, which only tiktoken's list form replaces
+        return np.array(self.encode(text), np.int32)
 
     def _encode_ordinary(self, text: str) -> list[int]:
         if len(text) < 2 * STEP_CHARS:

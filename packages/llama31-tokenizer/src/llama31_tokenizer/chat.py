@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from llama31_tokenizer.assistant import AssistantMessage, parse_assistant
 from llama31_tokenizer.chat_template import TemplateFormat
 from llama31_tokenizer.controls import is_llama3
 from llama31_tokenizer.dialog import EncodedDialog
 from llama31_tokenizer.errors import TokenizerError
 from llama31_tokenizer.llama3 import START_HEADER
-from llama31_tokenizer.llama3_chat import Llama3Format
+from llama31_tokenizer.llama3_chat import Llama3Format, ToolPrompt
 from llama31_tokenizer.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -46,12 +47,28 @@ class ChatFormat:
                 "put the model's tokenizer_config.json or chat_template.jinja beside it and use from_pretrained"
             )
 
-    def encode_dialog(self, messages: Messages, *, add_generation_prompt: bool = False) -> EncodedDialog:
+    def encode_dialog(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        builtin_tools: Sequence[str] | None = None,
+        date: str | None = None,
+        tools_in_system: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> EncodedDialog:
         """Ids of a whole dialog.
 
         Args:
-            messages: mappings with `role` (system, user, assistant, tool, ipython) and `content`.
+            messages: mappings with `role` (system, user, assistant, tool, ipython) and `content` (a string or text
+                parts); an assistant's may have `tool_calls`, and `stop_reason` "end_of_message".
             add_generation_prompt: end with the start of an assistant's turn, for the model to go on.
+            tools: JSON function definitions, as OpenAI's clients send them.
+            builtin_tools: of brave_search, wolfram_alpha, code_interpreter.
+            date: today's, as in "26 Jul 2024"; 3.1 then gets its two date lines.
+            tools_in_system: put the functions into the system text, not before the first user's.
+            variables: more values for a Jinja template.
 
         Raises:
             TokenizerError: an unknown role, content that is no text, or a template that refuses the dialog.
@@ -59,5 +76,22 @@ class ChatFormat:
         if isinstance(messages, (str, Mapping)) or not messages:
             raise TokenizerError("messages must be a non-empty list of mappings with role and content")
         if isinstance(self._format, Llama3Format):
-            return self._format.encode_dialog(messages, add_generation_prompt)
-        return self._format.encode_dialog(messages, add_generation_prompt, {})
+            if variables:
+                raise TokenizerError(
+                    f"variables {sorted(variables)} are for Jinja templates, Llama 3's format has none"
+                )
+            prompt = ToolPrompt(tools, builtin_tools, date, tools_in_system)
+            return self._format.encode_dialog(messages, add_generation_prompt, prompt)
+        named = {
+            "builtin_tools": builtin_tools,
+            "date_string": date,
+            "tools_in_user_message": False if tools_in_system else None,
+        }
+        stated = {name: value for name, value in named.items() if value is not None}
+        return self._format.encode_dialog(
+            messages, add_generation_prompt, {"tools": tools, "documents": None, **stated, **(variables or {})}
+        )
+
+    def parse_assistant(self, ids: Sequence[int]) -> AssistantMessage:
+        """An assistant's ids (from behind its header on) read back to text and tool calls."""
+        return parse_assistant(self.tokenizer, ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,13 @@ class Message:
         role: one of `ROLES`.
         parts: its text, as one part or as many as the content had.
         tool_calls: what an assistant called.
-        end_of_message: the assistant waits for a tool's answer (`<|eom_id|>`) instead of ending its turn.
+        stop_reason: "end_of_turn", or "end_of_message" for an assistant that waits for a tool's answer.
     """
 
     role: str
     parts: tuple[str, ...]
     tool_calls: tuple[ToolCall, ...] = ()
-    end_of_message: bool = False
+    stop_reason: str | None = None
 
 
 def read_message(raw: Any, index: int) -> Message:
@@ -47,9 +48,10 @@ def read_message(raw: Any, index: int) -> Message:
     stop_reason = raw.get("stop_reason")
     if stop_reason not in (None, "end_of_turn", "end_of_message"):
         raise TokenizerError(f"{where}.stop_reason is {stop_reason!r}, allowed are end_of_turn and end_of_message")
-    return Message(
-        role, read_content(raw.get("content"), where, optional=bool(calls)), calls, stop_reason == "end_of_message"
-    )
+    content = raw.get("content")
+    if role in ("tool", "ipython") and isinstance(content, Mapping):
+        content = json.dumps(content, ensure_ascii=False)
+    return Message(role, read_content(content, where, optional=bool(calls)), calls, stop_reason)
 
 
 def read_content(content: Any, where: str, *, optional: bool = False) -> tuple[str, ...]:

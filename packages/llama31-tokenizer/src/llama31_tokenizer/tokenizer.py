@@ -16,6 +16,11 @@ from llama31_tokenizer.loading import load_directory, load_vocabulary
 from llama31_tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from llama31_tokenizer.batch import Side
+    from llama31_tokenizer.call import BatchEncoding, Padding, TensorType, Truncation
     from llama31_tokenizer.offsets import OffsetEncoding
 
 SpecialSet = Collection[str] | Literal["all"]
@@ -97,11 +102,104 @@ class Tokenizer:
             ids = self._encode_with_special(text, allowed_special, disallowed_special)
         else:
             ids = self._codec.encode(text)
+        return self.with_ends(ids, bos=bos, eos=eos) if bos or eos else ids
+
+    def with_ends(self, ids: list[int], *, bos: bool = False, eos: bool = False) -> list[int]:
+        """The ids with the beginning- and end-of-text ids around them."""
         if bos:
             ids.insert(0, self._required(self.bos_id, "bos"))
         if eos:
             ids.append(self._required(self.eos_id, "eos"))
         return ids
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        *,
+        bos: bool = False,
+        eos: bool = False,
+        allowed_special: SpecialSet = _NONE,
+        disallowed_special: SpecialSet = _NONE,
+        num_threads: int | None = None,
+    ) -> list[list[int]]:
+        """`encode` of each text, in threads (as many as the process has cores, unless told otherwise)."""
+        from llama31_tokenizer.batch import map_texts
+
+        def work(text: str) -> list[int]:
+            return self.encode(
+                text, bos=bos, eos=eos, allowed_special=allowed_special, disallowed_special=disallowed_special
+            )
+
+        return map_texts(work, texts, num_threads)
+
+    def encode_to_numpy(self, text: str, *, bos: bool = False, eos: bool = False) -> npt.NDArray[np.int32]:
+        """`encode` as an int32 array (N,)."""
+        import numpy as np
+
+        ids = self._codec.encode_to_numpy(text)
+        ends = self.with_ends([], bos=bos), self.with_ends([], eos=eos)
+        return np.concatenate([ends[0], ids, ends[1]]).astype(np.int32) if bos or eos else ids
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a plain text, without making a list of them."""
+        return self._codec.encode_to_numpy(text).size
+
+    def count_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[int]:
+        """`count` of each text, in threads."""
+        from llama31_tokenizer.batch import map_texts
+
+        return map_texts(self.count, texts, num_threads)
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None,
+        padding: Padding = False,
+        truncation: Truncation = False,
+        max_length: int | None = None,
+        padding_side: Side = "right",
+        truncation_side: Side = "right",
+        return_tensors: TensorType | None = None,
+        allowed_special: SpecialSet = _NONE,
+        num_threads: int | None = None,
+    ) -> BatchEncoding:
+        """As transformers' tokenizers are called.
+
+        Args:
+            text: one text or several.
+            add_special_tokens: put bos and eos around as the vocabulary's file says.
+            add_bos_token, add_eos_token: overrule it; None leaves it.
+            padding: True or "longest", "max_length", or False.
+            truncation: True cuts texts to `max_length` tokens, bos and eos included.
+            max_length: needed for truncation and for padding="max_length".
+            padding_side, truncation_side: "left" or "right".
+            return_tensors: "np" or "ms" (MindSpore) for int32 tensors; None for lists.
+            allowed_special: as in `encode`; "all" reads control tokens in the text as transformers does.
+            num_threads: as in `encode_batch`.
+
+        Raises:
+            TokenizerError: an unknown option, or texts that make no tensor.
+        """
+        from llama31_tokenizer.call import encode_call
+
+        controls = self.vocabulary.controls
+        return encode_call(
+            self,
+            text,
+            add_bos=add_special_tokens and (controls.add_bos if add_bos_token is None else add_bos_token),
+            add_eos=add_special_tokens and (controls.add_eos if add_eos_token is None else add_eos_token),
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            padding_side=padding_side,
+            truncation_side=truncation_side,
+            return_tensors=return_tensors,
+            allowed_special=allowed_special,
+            num_threads=num_threads,
+        )
 
     def encode_with_offsets(self, text: str) -> OffsetEncoding:
         """Ids of a plain text with their byte and character places in it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from llama31_tokenizer.errors import TokenizerError
 
@@ -62,8 +62,17 @@ def read_tool_calls(raw: Any, where: str) -> tuple[ToolCall, ...]:
     return tuple(calls)
 
 
-def format_tool_call(call: ToolCall) -> str:
-    """The text an assistant writes for a call, without control tokens."""
+def format_tool_call(call: ToolCall, style: Literal["typed", "bare"] = "typed") -> str:
+    """The text an assistant writes for a call, without control tokens.
+
+    Args:
+        call: of a built-in tool, or of a function.
+        style: a function's JSON with `"type": "function"` first, as in Meta's code, or with name and parameters alone,
+            as the prompts with tools ask for.
+
+    Raises:
+        TokenizerError: a built-in tool without its argument, or arguments that are not JSON.
+    """
     key = "code" if call.name == CODE_INTERPRETER else "query"
     if call.is_builtin and not isinstance(call.arguments.get(key), str):
         raise TokenizerError(f"tool call {call.name}: arguments have no string {key!r}, the built-in tool needs it")
@@ -71,4 +80,10 @@ def format_tool_call(call: ToolCall) -> str:
         return str(call.arguments["code"])
     if call.is_builtin:
         return f'{call.name}.call(query="{call.arguments["query"]}")'
-    return json.dumps({"type": "function", "name": call.name, "parameters": call.arguments}, default=dict)
+    function = {"name": call.name, "parameters": dict(call.arguments)}
+    try:
+        if style == "bare":
+            return json.dumps(function, ensure_ascii=False)
+        return json.dumps({"type": "function", **function})
+    except (TypeError, ValueError) as error:
+        raise TokenizerError(f"tool call {call.name}: arguments are not JSON ({error})") from error
