@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from llama31_ckpt import __version__
-from llama31_ckpt.convert import convert
+from llama31_ckpt.convert import Options, convert
 from llama31_ckpt.sources import open_source
 from llama31_core.errors import Llama31Error
 
@@ -24,19 +26,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input_path", type=Path, required=True, help="HF or model directory, safetensors, .ckpt or GGUF file"
+        "--input_path", type=Path, required=True, help="HF, Meta or model directory; safetensors, .ckpt, .bin or GGUF"
     )
     parser.add_argument(
-        "--output_path",
-        type=Path,
-        required=True,
-        help="model directory to make, or a path ending in .ckpt/.safetensors",
+        "--output_path", type=Path, required=True, help="directory to make, or a path ending in .ckpt or .safetensors"
     )
     parser.add_argument("--dtype", help="fp32, bf16 or fp16; each tensor keeps its own unless given")
-    parser.add_argument(
-        "--config", type=Path, help="config.json (or its directory) if the checkpoint has none beside it"
-    )
+    parser.add_argument("--reversed", action="store_true", help="write an HF directory that transformers loads")
+    parser.add_argument("--qkv_concat", action="store_true", help="stack wq, wk, wv and w1, w3 as MindFormers does")
+    parser.add_argument("--config", type=Path, help="config.json (or its directory) if the input has none beside it")
     parser.add_argument("--max_shard_size", type=parse_size, help="start another file at this size, for instance 5GB")
+    parser.add_argument("--resume", action="store_true", help="keep finished shards of a try that fails, and go on")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing destination")
     parser.set_defaults(run=_run_convert)
 
@@ -49,7 +49,7 @@ def parse_size(text: str) -> int:
             number, factor = number.removesuffix(suffix), value
     try:
         size = int(float(number) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise argparse.ArgumentTypeError(f"size {text!r} is not like 5GB, 200MB or 1000000")
@@ -57,15 +57,17 @@ def parse_size(text: str) -> int:
 
 
 def _run_convert(arguments: argparse.Namespace) -> None:
+    options = Options(
+        dtype=arguments.dtype,
+        naming="hf" if arguments.reversed else "mindformers",
+        qkv_concat=arguments.qkv_concat,
+        max_shard_bytes=arguments.max_shard_size,
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+    )
     source = open_source(arguments.input_path, config_path=arguments.config)
     try:
-        summary = convert(
-            source,
-            arguments.output_path,
-            dtype=arguments.dtype,
-            max_shard_bytes=arguments.max_shard_size,
-            overwrite=arguments.overwrite,
-        )
+        summary = convert(source, arguments.output_path, options)
     finally:
         source.close()
     for note in summary.notes:
@@ -77,11 +79,16 @@ def _run_convert(arguments: argparse.Namespace) -> None:
     )
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # so that a terminated conversion clears up behind it
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 1 for an error, 2 for wrong usage."""
+    """Run a command and return the exit code: 0, 1 for an error, 2 for wrong usage, 130 if interrupted."""
     arguments = build_parser().parse_args(argv)
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        arguments.run(arguments)
+        return int(arguments.run(arguments) or 0)
     except Llama31Error as error:
         if arguments.debug:
             raise
@@ -90,4 +97,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llama31-ckpt: error: interrupted", file=sys.stderr)
         return 130
-    return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)

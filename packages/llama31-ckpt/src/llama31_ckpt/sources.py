@@ -14,8 +14,11 @@ from llama31_ckpt.gguf_format.architecture import read_config
 from llama31_ckpt.gguf_format.header import MAGIC, read_header
 from llama31_ckpt.gguf_format.tokenizer import build_tokenizer_files
 from llama31_ckpt.gguf_format.weights import GgufWeights
-from llama31_core.checkpoint import Weights, open_weights
-from llama31_core.checkpoint.files import find_weights
+from llama31_ckpt.meta_format import is_meta_directory, open_meta
+from llama31_ckpt.torch_format import Joined, TorchWeights, load_tensors
+from llama31_core.checkpoint import Weights, canonical_name, open_weights
+from llama31_core.checkpoint.files import find_weights, read_index
+from llama31_core.checkpoint.names import is_ignorable
 from llama31_core.checkpoint.stored import OpenFile
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError
@@ -32,6 +35,11 @@ SIDECAR_NAMES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_TORCH_NAMES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+def _nothing_to_close() -> None:
+    pass
 
 
 @dataclass
@@ -40,7 +48,7 @@ class Source:
 
     Attributes:
         path: as the user named it.
-        format: `gguf`, `safetensors`, `ckpt`, …, for the manifest.
+        format: `gguf`, `safetensors`, `ckpt`, `meta` or `torch`, for the manifest.
         weights: its tensors under canonical names.
         config: its architecture.
         ignored: entries that are no weights.
@@ -53,7 +61,7 @@ class Source:
     format: str
     weights: Weights
     config: ModelConfig
-    close: Callable[[], None]
+    close: Callable[[], None] = _nothing_to_close
     ignored: tuple[str, ...] = ()
     sidecars: tuple[Path, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -77,9 +85,14 @@ def open_source(path: Path, *, config_path: Path | None = None) -> Source:
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if is_meta_directory(path):
+        return _open_meta(path)
     gguf_path = _find_gguf(path)
     if gguf_path is not None:
         return _open_gguf(gguf_path)
+    torch_path = _find_torch(path)
+    if torch_path is not None:
+        return _open_torch(path, torch_path, config_path)
     return _open_model_directory(path, config_path)
 
 
@@ -93,6 +106,14 @@ def _find_gguf(path: Path) -> Path | None:
     if len(found) > 1:
         raise CheckpointError(f"{path} holds {len(found)} .gguf files; name one of them")
     return found[0]
+
+
+def _find_torch(path: Path) -> Path | None:
+    if path.is_file():
+        return path if path.suffix in (".bin", ".pt", ".pth") or path.name == _TORCH_NAMES[0] else None
+    if any(path.glob("*.safetensors")):
+        return None
+    return next((path / name for name in _TORCH_NAMES if (path / name).is_file()), None)
 
 
 def _open_gguf(path: Path) -> Source:
@@ -109,12 +130,58 @@ def _open_gguf(path: Path) -> Source:
     return Source(path, "gguf", weights, config, file.close, weights.ignored, texts=texts, notes=notes)
 
 
+def _open_meta(path: Path) -> Source:
+    weights, config, ignored = open_meta(path)
+    return Source(path, "meta", weights, config, ignored=ignored, sidecars=_find_sidecars(path))
+
+
+def _open_torch(path: Path, torch_path: Path, config_path: Path | None) -> Source:
+    directory = torch_path.parent
+    config = _read_config(directory, config_path)
+    names = [torch_path.name]
+    if torch_path.suffix == ".json":
+        names = sorted(set(read_index(torch_path).values()))
+    tensors: dict[str, Joined] = {}
+    ignored = []
+    for name in names:
+        for stored, tensor in load_tensors(directory / name).items():
+            canonical = canonical_name(stored, "hf") or stored
+            if canonical in tensors:
+                raise CheckpointError(f"{path}: tensor {canonical!r} is there twice")
+            if is_ignorable(stored):
+                ignored.append(stored)
+            else:
+                tensors[canonical] = Joined((tensor,))
+    weights = TorchWeights(path, tensors)
+    return Source(
+        path, "torch", weights, config, ignored=tuple(ignored), sidecars=_find_sidecars(directory, config_path)
+    )
+
+
 def _open_model_directory(path: Path, config_path: Path | None) -> Source:
     weights_path = find_weights(path)
     directory = weights_path.parent
-    config_dir = directory if config_path is None else config_path
-    config = ModelConfig.from_pretrained(config_dir.parent if config_dir.is_file() else config_dir)
+    config = _read_config(directory, config_path)
     reader = open_weights(path)
-    sidecars = tuple(directory / name for name in SIDECAR_NAMES if (directory / name).is_file())
     kind = "ckpt" if weights_path.suffix == ".ckpt" else "safetensors"
-    return Source(path, kind, reader, config, reader.close, reader.ignored, sidecars)
+    return Source(path, kind, reader, config, reader.close, reader.ignored, _find_sidecars(directory, config_path))
+
+
+def _read_config(directory: Path, config_path: Path | None) -> ModelConfig:
+    if config_path is None and not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} has no config.json beside the weights; give one with --config")
+    return ModelConfig.from_pretrained(directory if config_path is None else _directory_of(config_path))
+
+
+def _directory_of(path: Path) -> Path:
+    return path.parent if path.is_file() else path
+
+
+def _find_sidecars(directory: Path, config_path: Path | None = None) -> tuple[Path, ...]:
+    """The sidecars beside the weights, or those beside the config if there are none."""
+    places = [directory] if config_path is None else [directory, _directory_of(config_path)]
+    for place in places:
+        found = tuple(place / name for name in SIDECAR_NAMES if (place / name).is_file())
+        if found:
+            return found
+    return ()

@@ -2,7 +2,7 @@
 
 from llama31_core.checkpoint.dtypes import DType, cast, dtype_of
 from llama31_core.checkpoint.manifest import MANIFEST_NAME, describe_file, read_manifest, write_manifest
-from llama31_core.checkpoint.names import NAME_TABLE, canonical_name, spell
+from llama31_core.checkpoint.names import NAME_TABLE, canonical_name, rotary_heads, spell
 from llama31_core.checkpoint.reader import Weights, WeightsReader, open_weights
 from llama31_core.checkpoint.shapes import check_weights, parameter_shapes
 from llama31_core.checkpoint.staging import staged_directory, staged_file
@@ -23,6 +23,7 @@ __all__ = [
     "open_weights",
     "parameter_shapes",
     "read_manifest",
+    "rotary_heads",
     "save_weights",
     "spell",
     "staged_directory",

@@ -1,0 +1,152 @@
+"""Meta's original checkpoints: a directory with `params.json` and `consolidated.NN.pth` in, weights and config out.
+
+The files are tensor-parallel shards: column-parallel weights are joined by rows, row-parallel ones by columns, norms
+are in every file (llama-models `models/llama3/model.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llama31_ckpt.torch_format import Joined, TorchWeights, load_tensors
+from llama31_core.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, is_ignorable, rotary_heads
+from llama31_core.checkpoint.shapes import parameter_shapes
+from llama31_core.config import PRESETS, ModelConfig, RopeScaling
+from llama31_core.errors import CheckpointError
+
+PARAMS_NAME = "params.json"
+_SHARD_PATTERN = "consolidated.[0-9][0-9].pth"
+_ROW_PARALLEL = (".attention.wo.weight", ".feed_forward.w2.weight")
+_KNOWN_PARAMS = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
+    "rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_seq_len", "max_batch_size",
+}  # fmt: skip
+
+
+def is_meta_directory(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("consolidated.*.pth"))
+
+
+def open_meta(directory: Path) -> tuple[TorchWeights, ModelConfig, tuple[str, ...]]:
+    """The weights and configuration of a Meta directory, and the entries that are no weights.
+
+    Raises:
+        CheckpointError: a missing shard or params.json, head counts that do not fit the tensors, shards that disagree.
+        ConfigError: params.json describes no Llama of this architecture.
+    """
+    shard_paths = _shard_paths(directory)
+    params = _read_params(directory / PARAMS_NAME)
+    shards = [load_tensors(path) for path in shard_paths]
+    names = list(shards[0])
+    for path, shard in zip(shard_paths, shards, strict=True):
+        if list(shard) != names:
+            odd = sorted(set(names) ^ set(shard))[:10]
+            raise CheckpointError(f"{path} and {shard_paths[0].name} hold different tensors: {', '.join(odd)}")
+    ignored = tuple(name for name in names if is_ignorable(name))
+    parts = {
+        canonical_name(name, "meta") or name: tuple(shard[name] for shard in shards)
+        for name in names
+        if name not in ignored
+    }
+    config = _read_config(directory / PARAMS_NAME, params, parts)
+    expected = parameter_shapes(config)
+    tensors = {name: _join(directory, name, found, expected.get(name), config) for name, found in parts.items()}
+    return TorchWeights(directory, tensors), config, ignored
+
+
+def _shard_paths(directory: Path) -> list[Path]:
+    paths = sorted(directory.glob(_SHARD_PATTERN))
+    expected = [directory / f"consolidated.{rank:02d}.pth" for rank in range(max(1, len(paths)))]
+    if paths != expected:
+        absent = next(path.name for path in expected if path not in paths)
+        raise CheckpointError(f"{directory} has {len(paths)} shards and no {absent}; get the missing shard")
+    return paths
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    try:
+        params = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; it belongs to the checkpoint") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(params).__name__}, expected an object")
+    unknown = sorted(set(params) - _KNOWN_PARAMS)
+    if unknown:
+        raise CheckpointError(
+            f"{path}: {', '.join(unknown)} is nothing a text Llama has; this model cannot be converted"
+        )
+    return params
+
+
+def _read_config(path: Path, params: dict[str, Any], parts: dict[str, tuple[Any, ...]]) -> ModelConfig:
+    w1 = parts.get("model.layers.0.feed_forward.w1.weight")
+    embedding = parts.get(EMBEDDING)
+    if w1 is None or embedding is None:
+        raise CheckpointError(f"{path.parent}: the shards hold no layers.0.feed_forward.w1 or no tok_embeddings")
+    dim, n_heads = params.get("dim"), params.get("n_heads")
+    # Llama 3 splits the embedding by tokens, Llama 2 by features.
+    vocab_size = sum(part.shape[0] for part in embedding)
+    if len(embedding) > 1 and embedding[0].shape[1] != dim:
+        vocab_size = embedding[0].shape[0]
+    config = ModelConfig.build(
+        str(path),
+        vocab_size=vocab_size,
+        dim=dim,
+        n_layers=params.get("n_layers"),
+        n_heads=n_heads,
+        n_kv_heads=params.get("n_kv_heads") or n_heads,
+        ffn_dim=sum(part.shape[0] for part in w1),
+        norm_eps=float(params.get("norm_eps", 1e-5)),
+        rope_theta=float(params.get("rope_theta", 10000.0)),
+        max_seq_len=params.get("max_seq_len") or 4096,
+        tie_word_embeddings=LM_HEAD not in parts,
+    )
+    return _complete_config(config, params)
+
+
+def _complete_config(config: ModelConfig, params: dict[str, Any]) -> ModelConfig:
+    """Add what params.json does not say: it is known for the published sizes, and taken from Llama 3.1 otherwise."""
+    sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim")
+    for preset in PRESETS.values():
+        if all(getattr(preset, size) == getattr(config, size) for size in sizes) and params.get("use_scaled_rope"):
+            return preset.model_copy(update={"norm_eps": config.norm_eps, "rope_theta": config.rope_theta})
+    if not params.get("use_scaled_rope"):
+        return (
+            config
+            if "max_seq_len" in params or config.vocab_size < 100_000
+            else config.model_copy(update={"max_seq_len": 8192})
+        )
+    scaling = RopeScaling(
+        factor=float(params.get("rope_scaling_factor", 8.0)),
+        high_freq_factor=float(params.get("rope_high_freq_factor", 4.0)),
+    )
+    return config.model_copy(update={"rope_scaling": scaling, "max_seq_len": params.get("max_seq_len") or 131072})
+
+
+def _join(
+    directory: Path, name: str, parts: tuple[Any, ...], expected: Sequence[int] | None, config: ModelConfig
+) -> Joined:
+    head_dim = config.head_dim if rotary_heads(name) else None
+    if parts[0].dim() == 1 or len(parts) == 1:
+        return _check_heads(directory, name, Joined(parts[:1], 0, head_dim))
+    by_columns = name.endswith(_ROW_PARALLEL) or (name == EMBEDDING and parts[0].shape[0] == config.vocab_size)
+    joined = Joined(parts, 1 if by_columns else 0, head_dim)
+    # With more shards than KV heads, each KV head is in several shards.
+    rows = joined.shape[0]
+    if expected is not None and not by_columns and rows > expected[0] and rows % expected[0] == 0:
+        joined = Joined(parts[:: rows // expected[0]], 0, head_dim)
+    return _check_heads(directory, name, joined)
+
+
+def _check_heads(directory: Path, name: str, tensor: Joined) -> Joined:
+    if tensor.head_dim is not None and tensor.shape[0] % tensor.head_dim:
+        raise CheckpointError(
+            f"{directory}: {name} has {tensor.shape[0]} rows, not whole heads of {tensor.head_dim}; "
+            f"check dim and n_heads in {PARAMS_NAME}"
+        )
+    return tensor
