@@ -66,7 +66,7 @@ def test_there_and_back_every_byte_is_the_same(hf_dir: Path, tmp_path: Path) -> 
         ("model", []),
         ("fused.ckpt", ["--qkv_concat"]),
         ("plain.ckpt", ["--config", str(hf_dir)]),
-        ("sharded", ["--config", str(hf_dir), "--max_shard_size", "100KB"]),
+        ("sharded", ["--max_shard_size", "100KB"]),
         ("hf_back", ["--reversed"]),
     ]
     source = hf_dir

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llama31_ckpt import __version__
 from llama31_ckpt.plan import Plan, plan_tensors
@@ -19,7 +20,7 @@ from llama31_ckpt.progress import byte_bar
 from llama31_ckpt.reading import chunk_source
 from llama31_ckpt.resume import ShardRecord
 from llama31_ckpt.sources import Source
-from llama31_core.checkpoint.manifest import describe_file, write_manifest
+from llama31_core.checkpoint.manifest import describe_file, manifest_beside, write_manifest
 from llama31_core.checkpoint.names import Scheme
 from llama31_core.checkpoint.staging import check_destination, staged_directory, staged_file
 from llama31_core.checkpoint.writer import (
@@ -120,8 +121,14 @@ def _convert_to_file(
         else:
             written = write_safetensors(part, plan.specs, chunks, metadata=_METADATA[options.naming])
     written = WrittenFile(destination.name, written.sha256, written.size_bytes)
-    manifest = destination.with_name(destination.name + ".manifest.json")
-    write_manifest(manifest, [written], dtype=plan.main_dtype, source=source.describe(), tool=TOOL)
+    write_manifest(
+        manifest_beside(destination),
+        [written],
+        dtype=plan.main_dtype,
+        source=source.describe(),
+        tool=TOOL,
+        config=_config_of(source, plan),
+    )
 
 
 def _convert_to_directory(
@@ -164,10 +171,14 @@ def check_room(destination: Path, size_bytes: int) -> None:
         )
 
 
+def _config_of(source: Source, plan: Plan) -> dict[str, Any]:
+    """The content of config.json for the output."""
+    return {**source.config.to_hf(), "torch_dtype": plan.main_dtype}
+
+
 def _write_sidecars(source: Source, plan: Plan, directory: Path) -> list[WrittenFile]:
     """Write config and tokenizer files beside the weights."""
-    config = {**source.config.to_hf(), "torch_dtype": plan.main_dtype}
-    texts = {"config.json": json.dumps(config, indent=2) + "\n", **source.texts}
+    texts = {"config.json": json.dumps(_config_of(source, plan), indent=2) + "\n", **source.texts}
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
     for path in source.sidecars:

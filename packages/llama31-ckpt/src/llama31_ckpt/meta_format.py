@@ -19,6 +19,7 @@ from llama31_core.errors import CheckpointError
 
 PARAMS_NAME = "params.json"
 _SHARD_PATTERN = "consolidated.[0-9][0-9].pth"
+_SCALING_DEFAULTS = {"rope_scaling_factor": 8.0, "rope_high_freq_factor": 4.0}
 _ROW_PARALLEL = (".attention.wo.weight", ".feed_forward.w2.weight")
 _KNOWN_PARAMS = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
@@ -51,6 +52,10 @@ def open_meta(directory: Path) -> tuple[TorchWeights, ModelConfig, tuple[str, ..
         for name in names
         if name not in ignored
     }
+    for name, found in parts.items():
+        if len({(tensor.dim(), tensor.dtype) for tensor in found}) > 1 or found[0].dim() not in (1, 2):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
+            raise CheckpointError(f"{directory}: {name} has parts of shapes {shapes} in its shards")
     config = _read_config(directory / PARAMS_NAME, params, parts)
     expected = parameter_shapes(config)
     tensors = {name: _join(directory, name, found, expected.get(name), config) for name, found in parts.items()}
@@ -86,8 +91,8 @@ def _read_params(path: Path) -> dict[str, Any]:
 def _read_config(path: Path, params: dict[str, Any], parts: dict[str, tuple[Any, ...]]) -> ModelConfig:
     w1 = parts.get("model.layers.0.feed_forward.w1.weight")
     embedding = parts.get(EMBEDDING)
-    if w1 is None or embedding is None:
-        raise CheckpointError(f"{path.parent}: the shards hold no layers.0.feed_forward.w1 or no tok_embeddings")
+    if w1 is None or embedding is None or w1[0].dim() != 2 or embedding[0].dim() != 2:
+        raise CheckpointError(f"{path.parent}: the shards hold no layers.0.feed_forward.w1 or tok_embeddings matrix")
     dim, n_heads = params.get("dim"), params.get("n_heads")
     # Llama 3 splits the embedding by tokens, Llama 2 by features.
     vocab_size = sum(part.shape[0] for part in embedding)
@@ -101,30 +106,34 @@ def _read_config(path: Path, params: dict[str, Any], parts: dict[str, tuple[Any,
         n_heads=n_heads,
         n_kv_heads=params.get("n_kv_heads") or n_heads,
         ffn_dim=sum(part.shape[0] for part in w1),
-        norm_eps=float(params.get("norm_eps", 1e-5)),
-        rope_theta=float(params.get("rope_theta", 10000.0)),
+        norm_eps=_number(path, params, "norm_eps", 1e-5),
+        rope_theta=_number(path, params, "rope_theta", 10000.0),
         max_seq_len=params.get("max_seq_len") or 4096,
         tie_word_embeddings=LM_HEAD not in parts,
     )
-    return _complete_config(config, params)
+    return _complete_config(path, config, params)
 
 
-def _complete_config(config: ModelConfig, params: dict[str, Any]) -> ModelConfig:
-    """Add what params.json does not say: it is known for the published sizes, and taken from Llama 3.1 otherwise."""
-    sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim")
-    for preset in PRESETS.values():
-        if all(getattr(preset, size) == getattr(config, size) for size in sizes) and params.get("use_scaled_rope"):
-            return preset.model_copy(update={"norm_eps": config.norm_eps, "rope_theta": config.rope_theta})
+def _number(path: Path, params: dict[str, Any], key: str, default: float) -> float:
+    value = params.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"{path}: {key} is {value!r}, expected a number")
+    return float(value)
+
+
+def _complete_config(path: Path, config: ModelConfig, params: dict[str, Any]) -> ModelConfig:
+    """Add what params.json does not say: it is known for the published sizes, and as in Llama 3.1's 8B otherwise."""
     if not params.get("use_scaled_rope"):
-        return (
-            config
-            if "max_seq_len" in params or config.vocab_size < 100_000
-            else config.model_copy(update={"max_seq_len": 8192})
-        )
-    scaling = RopeScaling(
-        factor=float(params.get("rope_scaling_factor", 8.0)),
-        high_freq_factor=float(params.get("rope_high_freq_factor", 4.0)),
-    )
+        is_llama3 = config.vocab_size >= 128_000
+        return config.model_copy(update={"max_seq_len": 8192}) if is_llama3 and "max_seq_len" not in params else config
+    sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim")
+    for name, preset in PRESETS.items():
+        if name.startswith("llama") and all(getattr(preset, size) == getattr(config, size) for size in sizes):
+            return preset.model_copy(update={"norm_eps": config.norm_eps, "rope_theta": config.rope_theta})
+    factor, high = (_number(path, params, key, default) for key, default in _SCALING_DEFAULTS.items())
+    if factor < 1 or high <= 1:
+        raise CheckpointError(f"{path}: rope_scaling_factor {factor} must be >= 1, rope_high_freq_factor {high} > 1")
+    scaling = RopeScaling(factor=factor, high_freq_factor=high)
     return config.model_copy(update={"rope_scaling": scaling, "max_seq_len": params.get("max_seq_len") or 131072})
 
 

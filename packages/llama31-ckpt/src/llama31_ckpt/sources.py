@@ -18,6 +18,7 @@ from llama31_ckpt.meta_format import is_meta_directory, open_meta
 from llama31_ckpt.torch_format import Joined, TorchWeights, load_tensors
 from llama31_core.checkpoint import Weights, canonical_name, open_weights
 from llama31_core.checkpoint.files import find_weights, read_index
+from llama31_core.checkpoint.manifest import manifest_beside, read_manifest
 from llama31_core.checkpoint.names import is_ignorable
 from llama31_core.checkpoint.stored import OpenFile
 from llama31_core.config import ModelConfig
@@ -137,7 +138,7 @@ def _open_meta(path: Path) -> Source:
 
 def _open_torch(path: Path, torch_path: Path, config_path: Path | None) -> Source:
     directory = torch_path.parent
-    config = _read_config(directory, config_path)
+    config = _read_config(torch_path, config_path)
     names = [torch_path.name]
     if torch_path.suffix == ".json":
         names = sorted(set(read_index(torch_path).values()))
@@ -161,16 +162,24 @@ def _open_torch(path: Path, torch_path: Path, config_path: Path | None) -> Sourc
 def _open_model_directory(path: Path, config_path: Path | None) -> Source:
     weights_path = find_weights(path)
     directory = weights_path.parent
-    config = _read_config(directory, config_path)
+    config = _read_config(weights_path, config_path)
     reader = open_weights(path)
     kind = "ckpt" if weights_path.suffix == ".ckpt" else "safetensors"
     return Source(path, kind, reader, config, reader.close, reader.ignored, _find_sidecars(directory, config_path))
 
 
-def _read_config(directory: Path, config_path: Path | None) -> ModelConfig:
-    if config_path is None and not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} has no config.json beside the weights; give one with --config")
-    return ModelConfig.from_pretrained(directory if config_path is None else _directory_of(config_path))
+def _read_config(weights_path: Path, config_path: Path | None) -> ModelConfig:
+    """The config the user names, or that of the file's own manifest, or the config.json beside it."""
+    if config_path is not None:
+        return ModelConfig.from_pretrained(_directory_of(config_path))
+    manifest_path = manifest_beside(weights_path)
+    if manifest_path.is_file():
+        config = read_manifest(manifest_path).get("config")
+        if isinstance(config, dict):
+            return ModelConfig.from_hf(config, source=str(manifest_path))
+    if not (weights_path.parent / "config.json").is_file():
+        raise CheckpointError(f"{weights_path.parent} has no config.json beside the weights; give one with --config")
+    return ModelConfig.from_pretrained(weights_path.parent)
 
 
 def _directory_of(path: Path) -> Path:

@@ -16,6 +16,11 @@ MANIFEST_NAME = "manifest.json"
 _FORMAT_VERSION = 1
 
 
+def manifest_beside(path: Path) -> Path:
+    """Where the manifest of a directory, or of a single file, is."""
+    return path / MANIFEST_NAME if path.is_dir() else path.with_name(f"{path.name}.{MANIFEST_NAME}")
+
+
 def describe_file(path: Path) -> WrittenFile:
     """Name, sha256 and size of a file on disk."""
     try:
@@ -32,6 +37,7 @@ def write_manifest(
     dtype: str,
     source: Mapping[str, Any],
     tool: str,
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the manifest of a finished checkpoint.
 
@@ -41,6 +47,7 @@ def write_manifest(
         dtype: `float32`, `bfloat16` or `float16`.
         source: where the weights came from, for instance `{"format": "gguf", "name": …, "sha256": …}`.
         tool: name and version of the program that wrote it.
+        config: the content of a config.json, for a checkpoint that is one file and has none beside it.
     """
     content = {
         "format_version": _FORMAT_VERSION,
@@ -49,6 +56,8 @@ def write_manifest(
         "dtype": dtype,
         "files": {file.name: {"sha256": file.sha256, "size_bytes": file.size_bytes} for file in files},
     }
+    if config is not None:
+        content["config"] = dict(config)
     path = target / MANIFEST_NAME if target.is_dir() else target
     with staged_file(path, overwrite=True) as part:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
