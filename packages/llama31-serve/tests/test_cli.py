@@ -92,6 +92,8 @@ def test_start_with_the_port_taken(capsys: pytest.CaptureFixture[str], model_dir
         (("--host", "0.0.0.0"), "--allow_any_address"),
         (("--host", "::"), "--allow_any_address"),
         (("--port", "70000"), "--port is 70000"),
+        (("--host", "no-such-host.invalid"), "cannot listen on no-such-host.invalid:50051: "),
+        (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1:50051: Cannot assign requested address"),
         (("--max_running", "0"), "--max_running is 0"),
         (("--drain_timeout_s", "-1"), "--drain_timeout_s is -1"),
     ],

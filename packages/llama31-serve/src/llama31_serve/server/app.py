@@ -19,7 +19,7 @@ from llama31_serve.server.engine_thread import EngineThread, JobOutput
 from llama31_serve.server.generation import Generator
 from llama31_serve.server.inference_service import InferenceService, ServingModel
 from llama31_serve.server.lifecycle import Lifecycle, State
-from llama31_serve.server.options import ServerOptions
+from llama31_serve.server.options import ServerOptions, check_address
 from llama31_serve.server.refusal import Refusal
 from llama31_serve.server.text import TextModel, TextWorker
 from llama31_serve.server.validation import Limits
@@ -72,12 +72,11 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(False)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        check_address(self.options.host, self.options.port)  # gRPC does not say why it can't
         try:
             self.port = self._grpc.add_insecure_port(self.options.address)
         except RuntimeError as error:
-            raise StartError(
-                f"cannot listen on {self.options.address}: is the port taken? Choose another --port (0: any free one)"
-            ) from error
+            raise StartError(f"cannot listen on {self.options.address}; choose another --host or --port") from error
         await self._grpc.start()
 
     async def load(self) -> None:
