@@ -6,11 +6,13 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 
 from llama31_ckpt import __version__
 from llama31_ckpt.convert import Options, convert
+from llama31_ckpt.report_commands import add_diff, add_inspect, add_verify
 from llama31_ckpt.sources import open_source
 from llama31_core.errors import Llama31Error
 
@@ -21,6 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_convert(commands.add_parser("convert", help="convert a checkpoint", allow_abbrev=False))
+    add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds", allow_abbrev=False))
+    add_verify(commands.add_parser("verify", help="check hashes, shapes and values", allow_abbrev=False))
+    add_diff(commands.add_parser("diff", help="compare two checkpoints of any formats", allow_abbrev=False))
     return parser
 
 
@@ -65,11 +70,8 @@ def _run_convert(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         resume=arguments.resume,
     )
-    source = open_source(arguments.input_path, config_path=arguments.config)
-    try:
+    with closing(open_source(arguments.input_path, config_path=arguments.config)) as source:
         summary = convert(source, arguments.output_path, options)
-    finally:
-        source.close()
     for note in summary.notes:
         print(f"note: {note}", file=sys.stderr)
     gigabytes = summary.size_bytes / 1e9

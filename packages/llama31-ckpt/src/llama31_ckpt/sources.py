@@ -51,7 +51,7 @@ class Source:
         path: as the user named it.
         format: `gguf`, `safetensors`, `ckpt`, `meta` or `torch`, for the manifest.
         weights: its tensors under canonical names.
-        config: its architecture.
+        found_config: its architecture, None if nothing beside the weights tells it.
         ignored: entries that are no weights.
         sidecars: files to copy into a model directory.
         texts: files to write into a model directory, name -> content.
@@ -61,12 +61,23 @@ class Source:
     path: Path
     format: str
     weights: Weights
-    config: ModelConfig
+    found_config: ModelConfig | None
     close: Callable[[], None] = _nothing_to_close
     ignored: tuple[str, ...] = ()
     sidecars: tuple[Path, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture.
+
+        Raises:
+            CheckpointError: it is not known.
+        """
+        if self.found_config is None:
+            raise CheckpointError(f"{self.path} has no config.json beside the weights; give one with --config")
+        return self.found_config
 
     def describe(self) -> dict[str, Any]:
         """The manifest's `source`."""
@@ -82,7 +93,7 @@ def open_source(path: Path, *, config_path: Path | None = None) -> Source:
 
     Raises:
         CheckpointError: nothing there, damaged, or an unknown format.
-        ConfigError: no usable config.
+        ConfigError: a config that describes no Llama.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
@@ -168,7 +179,7 @@ def _open_model_directory(path: Path, config_path: Path | None) -> Source:
     return Source(path, kind, reader, config, reader.close, reader.ignored, _find_sidecars(directory, config_path))
 
 
-def _read_config(weights_path: Path, config_path: Path | None) -> ModelConfig:
+def _read_config(weights_path: Path, config_path: Path | None) -> ModelConfig | None:
     """The config the user names, or that of the file's own manifest, or the config.json beside it."""
     if config_path is not None:
         return ModelConfig.from_pretrained(_directory_of(config_path))
@@ -178,7 +189,7 @@ def _read_config(weights_path: Path, config_path: Path | None) -> ModelConfig:
         if isinstance(config, dict):
             return ModelConfig.from_hf(config, source=str(manifest_path))
     if not (weights_path.parent / "config.json").is_file():
-        raise CheckpointError(f"{weights_path.parent} has no config.json beside the weights; give one with --config")
+        return None
     return ModelConfig.from_pretrained(weights_path.parent)
 
 

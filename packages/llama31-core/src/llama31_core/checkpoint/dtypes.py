@@ -48,6 +48,7 @@ DTYPES = (
     DType("bool", "BOOL", "Bool", np.dtype(np.bool_)),
 )
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
+BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 BY_MINDSPORE = {dtype.mindspore: dtype for dtype in DTYPES}
 WEIGHT_DTYPES = tuple(dtype for dtype in DTYPES if dtype.word is not None)
 _BY_WORD = {key: dtype for dtype in WEIGHT_DTYPES for key in (dtype.name, dtype.word)}
