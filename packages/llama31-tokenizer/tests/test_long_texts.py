@@ -10,8 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama31_tokenizer import Tokenizer
+from llama31_tokenizer.bpe import BpeCodec
 from llama31_tokenizer.long_pieces import encode_long_piece
 from llama31_tokenizer.long_runs import encode_around_runs, find_long_run
+
+
+def codec_of(tokenizer: Tokenizer) -> BpeCodec:
+    assert isinstance(tokenizer._codec, BpeCodec)
+    return tokenizer._codec
+
 
 FIXTURES_ONCE = [HealthCheck.function_scoped_fixture]
 
@@ -23,7 +30,7 @@ def test_joined_windows_equal_one_piece(data: st.DataObject, window: int, llama3
         st.sampled_from([b"a", b"ab", b" ", b"\t\n ", "中文的".encode(), bytes(range(256)), b"0123=-_/"])
     )
     piece = bytes(data.draw(st.lists(st.sampled_from(list(alphabet)), min_size=1, max_size=400)))
-    encoding = llama3._codec._encoding
+    encoding = codec_of(llama3)._encoding
     joined = encode_long_piece(piece, encoding._encode_single_piece, encoding.decode_single_token_bytes, window)
     assert joined == encoding._encode_single_piece(piece)
 
@@ -43,7 +50,7 @@ RUNS = st.lists(
 @given(text=RUNS, step=st.integers(4, 16))
 def test_text_around_runs_equals_whole(text: str, step: int, llama3: Tokenizer, smollm2: Tokenizer) -> None:
     for tokenizer in (llama3, smollm2):
-        codec = tokenizer._codec
+        codec = codec_of(tokenizer)
         ordinary = codec._encoding.encode_ordinary
         assert encode_around_runs(text, codec._pattern, ordinary, codec._encode_piece, step) == ordinary(text)
 

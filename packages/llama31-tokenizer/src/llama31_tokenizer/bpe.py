@@ -11,6 +11,7 @@ import tiktoken
 
 from llama31_tokenizer.errors import TokenizerError
 from llama31_tokenizer.long_pieces import STEP_CHARS, WINDOW_BYTES, encode_long_piece
+from llama31_tokenizer.meta_splits import MAX_RUN, split_as_meta
 from llama31_tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -47,12 +48,18 @@ class BpeCodec:
             special_tokens={**vocabulary.literal_tokens, **vocabulary.special_tokens},
         )
         self._pattern = vocabulary.pattern.regex
-        self._is_plain = not (self._missing or self._literals or self._normalization)
+        self._cuts = vocabulary.cuts_long_texts
+        self._is_plain = not (self._missing or self._literals or self._normalization or self._cuts)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; what looks like a control token is text."""
         if self._is_plain:
             return self._encode_ordinary(text)
+        if self._cuts and len(text) > MAX_RUN:
+            return [token for part in split_as_meta(text) for token in self._encode_part(part)]
+        return self._encode_part(text)
+
+    def _encode_part(self, text: str) -> list[int]:
         if self._normalization:
             text = unicodedata.normalize(self._normalization, text)
         if not self._literals:
@@ -146,12 +153,14 @@ class BpeCodec:
         ids = self.encode(text)
         return locate_tokens(text, ids, self._encoding.decode_tokens_bytes(ids), self._missing)
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Bytes of the tokens, one after the other.
+    def decode_bytes(self, ids: Sequence[int], *, continuing: bool = False) -> bytes:
+        """Bytes of the tokens, one after the other; `continuing` makes no difference to this kind of vocabulary.
 
         Raises:
             TokenizerError: an id that no token has.
         """
+        if self._missing and max(ids, default=0) >= self._size:
+            raise TokenizerError(self._describe_bad_id(ids))
         try:
             return self._encoding.decode_bytes(ids)
         except (KeyError, OverflowError) as error:
@@ -160,8 +169,10 @@ class BpeCodec:
     def _describe_bad_id(self, ids: Sequence[int]) -> str:
         for index, token_id in enumerate(ids):
             try:
-                self._encoding.decode_single_token_bytes(token_id)
+                known = token_id < self._size and self._encoding.decode_single_token_bytes(token_id) is not None
             except (KeyError, OverflowError):
+                known = False
+            if not known:
                 return f"ids[{index}] is {token_id}, no token has that id; allowed are 0 to {self._size - 1}"
         raise AssertionError("tiktoken refused ids that it decodes one by one")
 

@@ -13,7 +13,8 @@ from llama31_tokenizer.batch import Side, map_texts, pad_batch
 from llama31_tokenizer.errors import TokenizerError
 
 if TYPE_CHECKING:
-    from llama31_tokenizer.tokenizer import SpecialSet, Tokenizer
+    from llama31_tokenizer.special_text import SpecialSet
+    from llama31_tokenizer.tokenizer import Tokenizer
 
 Padding = bool | Literal["longest", "max_length", "do_not_pad"]
 Truncation = bool | Literal["longest_first", "only_first", "do_not_truncate"]

@@ -20,6 +20,7 @@ from llama31_tokenizer.hf_json import (
 )
 from llama31_tokenizer.patterns import LLAMA3
 from llama31_tokenizer.ranks import parse_ranks
+from llama31_tokenizer.sentencepiece_model import parse_sentencepiece
 from llama31_tokenizer.vocabulary import Vocabulary
 
 
@@ -27,8 +28,8 @@ def load_vocabulary(path: Path, config: dict[str, Any] | None = None) -> Vocabul
     """The vocabulary of one file.
 
     Args:
-        path: tiktoken ranks, a tokenizer.json or a GGUF model.
-        config: tokenizer_config.json of a tokenizer.json.
+        path: tiktoken ranks, a tokenizer.json, a GGUF or a SentencePiece model.
+        config: tokenizer_config.json of a tokenizer.json or a SentencePiece model.
 
     Raises:
         TokenizerError: no such file, none of these kinds, or a damaged one.
@@ -41,6 +42,8 @@ def load_vocabulary(path: Path, config: dict[str, Any] | None = None) -> Vocabul
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror}); give a tokenizer file") from error
     sha256 = hashlib.sha256(data).hexdigest()
+    if kind == "sentencepiece":
+        return parse_sentencepiece(data, path, sha256, config or {})
     if kind == "hf-json":
         return parse_hf_json(data, path, sha256, config)
     special = llama3.special_tokens()

@@ -21,6 +21,8 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._special_ids = frozenset(tokenizer.special_tokens.values())
+        self._started = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: int | Iterable[int]) -> str:
@@ -30,10 +32,13 @@ class StreamDecoder:
             TokenizerError: an id out of range.
         """
         ids = [ids] if isinstance(ids, int) else list(ids)
-        return self._decoder.decode(self._tokenizer.decode_bytes(ids, skip_special_tokens=self._skip))
+        data = self._tokenizer.decode_bytes(ids, skip_special_tokens=self._skip, continuing=self._started)
+        self._started = self._started or any(token not in self._special_ids for token in ids)
+        return self._decoder.decode(data)
 
     def flush(self) -> str:
         """What is left of an unfinished character, as U+FFFD; the decoder is then ready for another stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._started = False
         return rest

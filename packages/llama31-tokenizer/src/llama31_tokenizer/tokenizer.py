@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from llama31_tokenizer.bpe import BpeCodec, compile_names
+from llama31_tokenizer import llama3
+from llama31_tokenizer.bpe import BpeCodec
+from llama31_tokenizer.compat import Compat, make_compatible
 from llama31_tokenizer.errors import TokenizerError
 from llama31_tokenizer.loading import load_directory, load_vocabulary
+from llama31_tokenizer.special_text import SpecialSet, encode_with_special
 from llama31_tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from llama31_tokenizer.batch import Side
     from llama31_tokenizer.call import BatchEncoding, Padding, TensorType, Truncation
     from llama31_tokenizer.offsets import OffsetEncoding
+    from llama31_tokenizer.sentencepiece_model import SentencePieceCodec
 
-SpecialSet = Collection[str] | Literal["all"]
 _NONE: frozenset[str] = frozenset()
 
 
@@ -36,7 +37,7 @@ class Tokenizer:
     Attributes:
         vocabulary: what was read from the file.
         vocab_size: one more than the largest id.
-        bos_id, eos_id, pad_id: ids, or None where the vocabulary has none.
+        bos_id, eos_id, pad_id, eot_id, eom_id: ids, or None where the vocabulary has none.
         stop_ids: ids that end a generation.
         special_tokens: control tokens, name to id.
         sha256: of the vocabulary file (of a GGUF file: of its key-value header).
@@ -44,33 +45,60 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._codec = BpeCodec(vocabulary)
+        self._codec: BpeCodec | SentencePieceCodec
+        if vocabulary.sentencepiece_model is None:
+            self._codec = BpeCodec(vocabulary)
+        else:
+            from llama31_tokenizer.sentencepiece_model import SentencePieceCodec
+
+            self._codec = SentencePieceCodec(vocabulary)
         self.vocab_size = vocabulary.size
         self.bos_id = vocabulary.controls.bos_id
         self.eos_id = vocabulary.controls.eos_id
         self.pad_id = vocabulary.controls.pad_id
+        self.eot_id = vocabulary.special_tokens.get(llama3.EOT)
+        self.eom_id = vocabulary.special_tokens.get(llama3.EOM)
         self.stop_ids = vocabulary.controls.stop_ids
         self.special_tokens: Mapping[str, int] = MappingProxyType(dict(vocabulary.special_tokens))
         self.sha256 = vocabulary.sha256
         self._special_ids = frozenset(self.special_tokens.values())
 
     @classmethod
-    def from_file(cls, path: str | PathLike[str]) -> Tokenizer:
-        """From one file: tiktoken ranks, a tokenizer.json or a GGUF model, told apart by content.
+    def from_file(cls, path: str | PathLike[str], *, compat: Compat | None = None) -> Tokenizer:
+        """From one file: tiktoken ranks, a tokenizer.json, a GGUF or SentencePiece model, told apart by content.
+
+        Args:
+            path: the file.
+            compat: "mindformers" normalises to NFC, pads with 128002 and adds no bos when called, as its Llama 3
+                tokenizer does; "meta" cuts texts of more than 25,000 characters where Meta's does. None does neither.
 
         Raises:
             TokenizerError: none of these, or damaged; the message says where.
         """
-        return cls(load_vocabulary(Path(path)))
+        return cls(make_compatible(load_vocabulary(Path(path)), compat))
 
     @classmethod
-    def from_pretrained(cls, directory: str | PathLike[str]) -> Tokenizer:
+    def from_pretrained(cls, directory: str | PathLike[str], *, compat: Compat | None = None) -> Tokenizer:
         """From a model directory, whose tokenizer_config.json, chat template and generation_config.json count too.
+
+        Args:
+            directory: of the model.
+            compat: as in `from_file`.
 
         Raises:
             TokenizerError: no such directory, or no file in it that holds a vocabulary.
         """
-        return cls(load_directory(Path(directory)))
+        return cls(make_compatible(load_directory(Path(directory)), compat))
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> list[Path]:
+        """Write the files that `from_pretrained` and `transformers.AutoTokenizer` load, with the same ids.
+
+        Raises:
+            TokenizerError: the directory cannot be written.
+        """
+        from llama31_tokenizer.save import save_vocabulary
+
+        return save_vocabulary(self.vocabulary, Path(directory))
 
     def __repr__(self) -> str:
         return (
@@ -99,7 +127,9 @@ class Tokenizer:
             TokenizerError: a disallowed name in the text, an unknown name in a set, or bos/eos the vocabulary lacks.
         """
         if allowed_special or disallowed_special:
-            ids = self._encode_with_special(text, allowed_special, disallowed_special)
+            ids = encode_with_special(
+                text, self._codec.encode, self.special_tokens, allowed_special, disallowed_special
+            )
         else:
             ids = self._codec.encode(text)
         return self.with_ends(ids, bos=bos, eos=eos) if bos or eos else ids
@@ -223,49 +253,20 @@ class Tokenizer:
         """
         return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode("utf-8", errors)
 
-    def decode_bytes(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> bytes:
-        """Bytes of the ids, which need not end at a character's end."""
+    def decode_bytes(self, ids: Sequence[int], *, skip_special_tokens: bool = False, continuing: bool = False) -> bytes:
+        """Bytes of the ids, which need not end at a character's end.
+
+        Args:
+            ids: as in `decode`.
+            skip_special_tokens: as in `decode`.
+            continuing: the ids follow others, so a SentencePiece model keeps a space in front.
+        """
         if skip_special_tokens:
             special = self._special_ids
             ids = [token for token in ids if token not in special]
-        return self._codec.decode_bytes(ids)
-
-    def _encode_with_special(self, text: str, allowed: SpecialSet, disallowed: SpecialSet) -> list[int]:
-        allowed_names = self._resolve(allowed, "allowed_special")
-        disallowed_names = self._resolve(disallowed, "disallowed_special")
-        if disallowed == "all":
-            disallowed_names -= allowed_names
-        if disallowed_names and (found := _compile_names(disallowed_names).search(text)):
-            raise TokenizerError(
-                f"text has {found.group()!r} at character {found.start()}, which disallowed_special forbids; allow it "
-                "in allowed_special, or leave disallowed_special empty to encode it as plain text"
-            )
-        if not allowed_names:
-            return self._codec.encode(text)
-        ids: list[int] = []
-        end = 0
-        for match in _compile_names(allowed_names).finditer(text):
-            ids += self._codec.encode(text[end : match.start()])
-            ids.append(self.special_tokens[match.group()])
-            end = match.end()
-        return ids + self._codec.encode(text[end:])
-
-    def _resolve(self, names: SpecialSet, argument: str) -> frozenset[str]:
-        if names == "all":
-            return frozenset(self.special_tokens)
-        unknown = [name for name in names if name not in self.special_tokens]
-        if unknown or isinstance(names, str):
-            raise TokenizerError(
-                f"{argument} has {unknown[:1] or names!r}, expected 'all' or a set of names in special_tokens"
-            )
-        return frozenset(names)
+        return self._codec.decode_bytes(ids, continuing=continuing)
 
     def _required(self, token_id: int | None, role: str) -> int:
         if token_id is None:
             raise TokenizerError(f"{self.vocabulary.source}: states no {role} token, so {role}=True cannot be done")
         return token_id
-
-
-@functools.lru_cache(maxsize=64)
-def _compile_names(names: frozenset[str]) -> re.Pattern[str]:
-    return compile_names(names)

@@ -47,6 +47,7 @@ class Vocabulary:
         normalization: Unicode form the file asks for.
         unknown_byte_id: id for a byte that has no token; None drops it, as Hugging Face's and llama.cpp's BPE do.
         sentencepiece_model: the serialized model.
+        cuts_long_texts: cut them where Meta's Tokenizer does.
     """
 
     kind: FileKind
@@ -62,3 +63,4 @@ class Vocabulary:
     unknown_byte_id: int | None = None
     chat_template: str | None = None
     sentencepiece_model: bytes | None = None
+    cuts_long_texts: bool = False
