@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +26,8 @@ from llama31_core.checkpoint.staging import staged_file, write_error
 from llama31_core.errors import CheckpointError
 
 MINDSPORE_METADATA = {"format": "ms"}  # what MindSpore's own save_checkpoint writes
-CHUNK_BYTES = 32 << 20
-_SMALLEST_HASHED_APART = 1 << 20
+CHUNK_BYTES = 8 << 20  # small enough to stay in the allocator's hands: larger ones cost page faults each time
+_MAX_UNHASHED = 8
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,24 @@ ChunkSource = Callable[[TensorSpec], Iterable[Array]]
 
 
 class _HashedFile:
-    """A new file; its sha256 is computed beside the writing."""
+    """A new file; its sha256 is computed in a thread of its own, a few chunks behind the writing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._hash = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
+        self._unhashed: deque[Future[None]] = deque()
         self._file = path.open("wb", buffering=0)
         self.size_bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        apart = len(data) >= _SMALLEST_HASHED_APART
-        pending = self._hasher.submit(self._hash.update, data) if apart else None
-        if pending is None:
-            self._hash.update(data)
+        """Write `data`, which must not change afterwards."""
+        self._unhashed.append(self._hasher.submit(self._hash.update, data))
+        if len(self._unhashed) > _MAX_UNHASHED:
+            self._unhashed.popleft().result()
         done = 0
         while done < len(data):
             done += self._file.write(data[done:])
-        if pending is not None:
-            pending.result()
         self.size_bytes += len(data)
 
     def __enter__(self) -> _HashedFile:
