@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -14,8 +16,10 @@ from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llama31_ckpt.cli import main
 from llama31_ckpt.gguf_format.architecture import _frequency_divisors
 from llama31_ckpt.gguf_format.header import read_header
+from llama31_ckpt.gguf_format.weights import GgufWeights
 from llama31_ckpt.rotary import to_half_split, to_interleaved
 from llama31_ckpt.sources import open_source
 from llama31_core.checkpoint import rotary_heads
@@ -87,6 +91,88 @@ def test_the_architecture_is_read(build_gguf: GgufBuilder, config: ModelConfig) 
     assert source.config == expected
     assert source.ignored == ("rope_freqs.weight",)
     assert "no vocabulary" in source.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, "kind 'llama', split None"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "other"}, "kind 'gpt2', split 'other'"),
+    ],
+)
+def test_an_unknown_vocabulary_is_a_note_and_not_a_guess(
+    metadata: dict[str, Any], message: str, build_gguf: GgufBuilder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = build_gguf(metadata=metadata)
+    assert main(["convert", "--input_path", str(path), "--output_path", str(tmp_path / "model")]) == 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "model" / "tokenizer.json").exists()
+
+
+VOCABULARY = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab", "<s>"],
+    "tokenizer.ggml.token_type": [1, 1, 1, 3],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.bos_token_id": 3,
+}
+
+
+def test_a_vocabulary_is_written(build_gguf: GgufBuilder) -> None:
+    files = open_source(build_gguf(metadata=VOCABULARY)).build_texts()
+    tokenizer = json.loads(files["tokenizer.json"])
+    assert tokenizer["model"]["vocab"] == {"a": 0, "b": 1, "ab": 2}
+    assert [(token["id"], token["content"], token["special"]) for token in tokenizer["added_tokens"]] == [
+        (3, "<s>", True)
+    ]
+    assert json.loads(files["tokenizer_config.json"])["bos_token"] == "<s>"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.tokens": ["a", "a", "ab", "<s>"]}, "must list each token once"),
+        ({"tokenizer.ggml.token_type": [1]}, "must list each token once"),
+        ({"tokenizer.ggml.merges": ["a c"]}, "merge 'a c' names tokens"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "must be a list of texts"),
+        ({"tokenizer.ggml.bos_token_id": 4}, "bos_token_id is 4, the vocabulary has 4 tokens"),
+    ],
+)
+def test_a_vocabulary_that_contradicts_itself_is_refused(
+    change: dict[str, Any], message: str, build_gguf: GgufBuilder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = build_gguf(metadata={**VOCABULARY, **change})
+    assert main(["convert", "--input_path", str(path), "--output_path", str(tmp_path / "model")]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+_DEQUANTISED = [kind for kind in GGMLQuantizationType if kind in gguf.quants._type_traits]
+
+
+@pytest.mark.parametrize("kind", _DEQUANTISED, ids=lambda kind: kind.name)
+def test_every_type_the_library_dequantises(kind: GGMLQuantizationType, tmp_path: Path) -> None:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(kind.value).integers(0, 60, (6, 512 // block * block_bytes), np.uint8)
+    file = gguf.GGUFWriter(str(tmp_path / "a.gguf"), "llama")
+    file.add_tensor("output.weight", data, raw_dtype=kind)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    opened = OpenFile(tmp_path / "a.gguf")
+    weights = GgufWeights(opened, read_header(opened), head_dim=16)
+    got = weights.read_slice("lm_head.weight", (slice(1, 5), slice(100, 300)))
+    np.testing.assert_array_equal(got, dequantize(data, kind)[1:5, 100:300].astype(got.dtype))
+
+
+def test_a_type_the_library_cannot_dequantise_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(_tensor_table((b"output.weight", [64], GGMLQuantizationType.Q8_1.value, 0)))
+    file = OpenFile(tmp_path / "bad.gguf")
+    weights = GgufWeights(file, read_header(file), head_dim=16)
+    with pytest.raises(CheckpointError, match="quantised as Q8_1"):
+        weights.read_slice("lm_head.weight", ())
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def _config_of(source: Source, plan: Plan) -> dict[str, Any]:
 
 def _write_sidecars(source: Source, plan: Plan, directory: Path) -> list[WrittenFile]:
     """Write config and tokenizer files beside the weights."""
-    texts = {"config.json": json.dumps(_config_of(source, plan), indent=2) + "\n", **source.texts}
+    texts = {"config.json": json.dumps(_config_of(source, plan), indent=2) + "\n", **source.build_texts()}
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
     for path in source.sidecars:

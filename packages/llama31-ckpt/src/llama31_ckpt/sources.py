@@ -6,13 +6,14 @@ The format is told by content. Each format's own reading lives in its module; he
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llama31_ckpt.gguf_format.architecture import read_config
 from llama31_ckpt.gguf_format.header import MAGIC, read_header
-from llama31_ckpt.gguf_format.tokenizer import build_tokenizer_files
+from llama31_ckpt.gguf_format.tokenizer import build_tokenizer_files, unsupported_vocabulary
 from llama31_ckpt.gguf_format.weights import GgufWeights
 from llama31_ckpt.meta_format import is_meta_directory, open_meta
 from llama31_ckpt.torch_format import Joined, TorchWeights, load_tensors
@@ -54,7 +55,7 @@ class Source:
         found_config: its architecture, None if nothing beside the weights tells it.
         ignored: entries that are no weights.
         sidecars: files to copy into a model directory.
-        texts: files to write into a model directory, name -> content.
+        build_texts: makes the files to write into a model directory, name -> content.
         notes: what the user should know of what was not converted.
     """
 
@@ -65,7 +66,7 @@ class Source:
     close: Callable[[], None] = _nothing_to_close
     ignored: tuple[str, ...] = ()
     sidecars: tuple[Path, ...] = ()
-    texts: Mapping[str, str] = field(default_factory=dict)
+    build_texts: Callable[[], Mapping[str, str]] = dict
     notes: tuple[str, ...] = ()
 
     @property
@@ -133,13 +134,13 @@ def _open_gguf(path: Path) -> Source:
     header = read_header(file)
     config = read_config(file, header)
     weights = GgufWeights(file, header, config.head_dim)
-    texts: Mapping[str, str] = {}
-    notes: tuple[str, ...] = ()
-    if "tokenizer.ggml.model" not in header.metadata:
-        notes = (f"{path.name} has no vocabulary: no tokenizer was written",)
+    source = Source(path, "gguf", weights, config, file.close, weights.ignored)
+    missing = unsupported_vocabulary(header)
+    if missing is None:
+        source.build_texts = partial(build_tokenizer_files, header, config.max_seq_len)
     else:
-        texts = build_tokenizer_files(header, config.max_seq_len)
-    return Source(path, "gguf", weights, config, file.close, weights.ignored, texts=texts, notes=notes)
+        source.notes = (missing,)
+    return source
 
 
 def _open_meta(path: Path) -> Source:

@@ -1,8 +1,8 @@
 """The vocabulary of a GGUF file as HF files: metadata in, `tokenizer.json` and `tokenizer_config.json` texts out.
 
 Covers byte-level BPE (`tokenizer.ggml.model` = gpt2), which Llama 3 and SmolLM2 have. How text is split before merging
-is only named in a GGUF file (`tokenizer.ggml.pre`), so the splits are listed here; a name that is not listed is
-refused, since a wrong split gives plausible but wrong ids.
+is only named in a GGUF file (`tokenizer.ggml.pre`), so the splits are listed here. Where the name is not listed no
+tokenizer is written, since a wrong split gives plausible but wrong ids.
 """
 
 from __future__ import annotations
@@ -50,19 +50,28 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 }
 
 
+def unsupported_vocabulary(header: GgufHeader) -> str | None:
+    """Why no tokenizer can be written for this file; None if one can."""
+    kind, pre = header.metadata.get("tokenizer.ggml.model"), header.metadata.get("tokenizer.ggml.pre")
+    if kind is None:
+        return f"{header.path.name} has no vocabulary: no tokenizer is written"
+    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+        known = ", ".join(_PRE_TOKENIZERS)
+        return (
+            f"the vocabulary of {header.path.name} is of kind {kind!r}, split {pre!r}; known are 'gpt2' with {known}: "
+            "no tokenizer is written, put the model's own beside the weights"
+        )
+    return None
+
+
 def build_tokenizer_files(header: GgufHeader, max_seq_len: int) -> dict[str, str]:
     """`tokenizer.json` and `tokenizer_config.json` for the vocabulary in `header`: file name -> text.
 
     Raises:
-        CheckpointError: no vocabulary, one of another kind, or one that contradicts itself.
+        CheckpointError: a vocabulary that contradicts itself.
     """
     metadata = header.metadata
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise CheckpointError(
-            f"{header.path}: the vocabulary is of kind {kind!r}, split {pre!r}; "
-            f"allowed are 'gpt2' with {', '.join(_PRE_TOKENIZERS)}"
-        )
+    pre_tokenizer = _PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]]
     tokens = _texts(header, "tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if len(set(tokens)) != len(tokens) or not isinstance(types, list) or len(types) != len(tokens):
@@ -75,10 +84,10 @@ def build_tokenizer_files(header: GgufHeader, max_seq_len: int) -> dict[str, str
         "padding": None,
         "added_tokens": _added_tokens(tokens, types),
         "normalizer": None,
-        "pre_tokenizer": _PRE_TOKENIZERS[pre],
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": _post_processor(tokens, special["bos_token"] if add_bos else None),
         "decoder": _GPT2,
-        "model": _bpe_model(header, tokens, types, ignore_merges=_PRE_TOKENIZERS[pre] is _LLAMA3),
+        "model": _bpe_model(header, tokens, types, ignore_merges=pre_tokenizer is _LLAMA3),
     }
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
