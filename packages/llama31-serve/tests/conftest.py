@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from llama31_serve import AsyncClient
 from llama31_serve.server.app import Server
 from llama31_serve.server.echo_engine import EchoEngine
 from llama31_serve.server.lifecycle import State
+from llama31_serve.server.listener import Security
 from llama31_serve.server.model_text import load_text
 from llama31_serve.server.options import ServerOptions
 from llama31_serve.server.text import TextModel
@@ -88,14 +90,17 @@ def serve(text_model: TextModel, no_leaks: None) -> Serve:
     """`async with serve(engine=…, **options) as running`. On leaving, everything has to have been given back."""
 
     @asynccontextmanager
-    async def run(engine: EchoEngine | None = None, **options: object) -> AsyncIterator[Running]:
+    async def run(
+        engine: EchoEngine | None = None, security: Security | None = None, client_options: Any = None, **options: Any
+    ) -> AsyncIterator[Running]:
         echo = engine or EchoEngine(vocab_size=259, eos_token_ids=(258,))
-        server = Server(ServerOptions(**{"port": 0, **options}), lambda: text_model, lambda: echo)  # type: ignore[arg-type]
+        server = Server(ServerOptions(**{"port": 0, **options}), lambda: text_model, lambda: echo, security)
         before = asyncio.all_tasks()
         await server.start()
         try:
             await server.load()
-            async with AsyncClient(server.address, timeout_s=20.0, max_attempts=1) as client:
+            asking = {"timeout_s": 20.0, "max_attempts": 1, **(client_options or {})}
+            async with AsyncClient(server.address, **asking) as client:
                 running = Running(server, echo, client)
                 yield running
                 await running.until(lambda: server.admission.num_held == 0)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
-from llama31_serve.stubs import inference_pb2, inference_pb2_grpc
+from llama31_serve.stubs import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 PROTO_ROOT = Path(__file__).resolve().parents[1] / "proto"
-MODULES = ((inference_pb2, inference_pb2_grpc),)
+MODULES = ((control_pb2, control_pb2_grpc), (inference_pb2, inference_pb2_grpc))
 
 
 def test_committed_stubs_describe_the_proto(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from llama31_serve.aio_client import AsyncClient, AsyncTextStream
 from llama31_serve.channel import Tls
 from llama31_serve.client import Client, TextStream
+from llama31_serve.control import ControlClient, OpenRequest, ServerInfo
 from llama31_serve.errors import (
     AuthenticationError,
     CancelledError,
@@ -27,16 +28,19 @@ __all__ = [
     "Chunk",
     "Client",
     "Completion",
+    "ControlClient",
     "DeadlineError",
     "FieldViolation",
     "FinishReason",
     "GenerateResult",
     "InvalidRequestError",
     "ModelInfo",
+    "OpenRequest",
     "Options",
     "OverloadedError",
     "RpcError",
     "ServeError",
+    "ServerInfo",
     "TextStream",
     "Timings",
     "Tls",

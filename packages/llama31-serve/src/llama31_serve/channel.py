@@ -65,6 +65,14 @@ def channel_options(tls: Tls | None, max_attempts: int) -> list[tuple[str, str |
     return options
 
 
+def open_channel(target: str, tls: Tls | None, max_attempts: int) -> grpc.Channel:
+    """A blocking channel. Raises OSError if a TLS file can't be read."""
+    options = channel_options(tls, max_attempts)
+    if tls is None:
+        return grpc.insecure_channel(target, options)
+    return grpc.secure_channel(target, tls.credentials(), options)
+
+
 def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     """Metadata of every call."""
     return () if token is None else (("authorization", f"Bearer {token}"),)

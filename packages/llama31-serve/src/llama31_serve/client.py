@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 import grpc
 
-from llama31_serve.channel import Tls, call_metadata, channel_options
+from llama31_serve.channel import Tls, call_metadata, open_channel
 from llama31_serve.errors import UnavailableError
 from llama31_serve.requests import Message, Options, Prompt, build_chat, build_generate, build_tokenize
 from llama31_serve.results import Chunk, GenerateResult, ModelInfo, model_info_of, result_of_chat, result_of_generate
@@ -90,11 +90,7 @@ class Client:
         timeout_s: float | None = None,
         max_attempts: int = 4,
     ) -> None:
-        options = channel_options(tls, max_attempts)
-        if tls is None:
-            self._channel = grpc.insecure_channel(target, options)
-        else:
-            self._channel = grpc.secure_channel(target, tls.credentials(), options)
+        self._channel = open_channel(target, tls, max_attempts)
         self._stub: Any = InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = call_metadata(token)
         self._timeout_s = timeout_s

@@ -12,11 +12,12 @@ import grpc
 from llama31_serve.errors import ERROR_BY_CODE, FieldViolation, RpcError
 
 DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"  # what gRPC's own retries obey; RetryInfo is for programs
 
 
 def encode_details(
     code: grpc.StatusCode, message: str, violations: Sequence[FieldViolation] = (), retry_after_s: float | None = None
-) -> tuple[tuple[str, bytes], ...]:
+) -> tuple[tuple[str, str | bytes], ...]:
     """Trailing metadata with a google.rpc.Status that holds BadRequest and RetryInfo as needed; empty if neither is."""
     from google.rpc import error_details_pb2, status_pb2
 
@@ -32,7 +33,10 @@ def encode_details(
         retry_info = error_details_pb2.RetryInfo()
         retry_info.retry_delay.FromNanoseconds(math.ceil(retry_after_s * 1e9))
         status.details.add().Pack(retry_info)
-    return ((DETAILS_KEY, status.SerializeToString()),)
+    metadata: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]
+    if retry_after_s is not None:
+        metadata.append((PUSHBACK_KEY, str(math.ceil(retry_after_s * 1e3))))
+    return tuple(metadata)
 
 
 def decode_details(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[tuple[FieldViolation, ...], float | None]:

@@ -15,6 +15,7 @@ from llama31_serve.errors import ServeError, StartError
 
 if TYPE_CHECKING:
     from llama31_serve.server.app import Server
+    from llama31_serve.server.listener import Security
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="what running requests get after SIGTERM (default: %(default)s)",
     )
+    parser.add_argument("--control_port", type=int, help="port of ControlService; 0 takes any free one (default: none)")
+    parser.add_argument("--control_host", default="127.0.0.1", help="its address (default: %(default)s)")
+    parser.add_argument("--tls_cert", type=Path, metavar="PEM", help="serve with TLS: the certificate chain")
+    parser.add_argument("--tls_key", type=Path, metavar="PEM", help="the key of --tls_cert, unencrypted")
+    parser.add_argument("--tls_client_ca", type=Path, metavar="PEM", help="demand client certificates of this CA")
+    parser.add_argument("--token_file", type=Path, help="demand one of the bearer tokens in this file, one a line")
     parser.add_argument("--max_seq_len", type=int, help="most tokens of prompt and completion (default: the model's)")
     parser.add_argument("--max_batch_size", type=int, help="most sequences in one step (default: the engine's)")
     parser.add_argument("--num_blocks", type=int, help="blocks of the KV cache (default: the engine's)")
@@ -69,7 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
         drain_timeout_s=arguments.drain_timeout_s,
         allow_special_tokens=arguments.allow_special_tokens,
         allow_any_address=arguments.allow_any_address,
+        control_host=arguments.control_host,
+        control_port=arguments.control_port,
     )
+    security = _security(arguments)
     engine_options = EngineOptions(
         max_seq_len=arguments.max_seq_len,
         max_batch_size=arguments.max_batch_size,
@@ -81,21 +91,36 @@ def run(arguments: argparse.Namespace) -> int:
     load_engine = functools.partial(core_engine.load_engine, arguments.model, engine_options)
 
     async def main() -> int:
-        return await serve_until_signal(Server(options, load_text, load_engine))
+        return await serve_until_signal(Server(options, load_text, load_engine, security))
 
     return asyncio.run(main())
 
 
+def _security(arguments: argparse.Namespace) -> Security:
+    from llama31_serve.server.listener import Security
+    from llama31_serve.server.tls import ServerTls
+    from llama31_serve.server.token_auth import load_tokens
+
+    tls = None
+    if arguments.tls_cert is not None and arguments.tls_key is not None:
+        tls = ServerTls(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
+    elif arguments.tls_cert is not None or arguments.tls_key is not None or arguments.tls_client_ca is not None:
+        raise StartError("TLS needs both --tls_cert and --tls_key; give both")
+    tokens = () if arguments.token_file is None else load_tokens(arguments.token_file)
+    return Security(tls, tokens)
+
+
 async def serve_until_signal(server: Server) -> int:
-    """Start, load, serve, and on the first SIGTERM or SIGINT drain; the exit code."""
+    """Start, load, serve, and on SIGTERM, SIGINT or ControlService.Drain drain; the exit code."""
     loop = asyncio.get_running_loop()
-    signalled = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled.set)
-    stop = asyncio.create_task(signalled.wait())
+        loop.add_signal_handler(number, server.drain_requested.set)
+    stop = asyncio.create_task(server.drain_requested.wait())
     try:
         await server.start()
         print(f"Listening on {server.address}; loading {server.options.model_name} …", flush=True)
+        if server.control is not None:
+            print(f"ControlService on {server.control.address}", flush=True)
         loading = asyncio.create_task(server.load())
         await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():

@@ -22,10 +22,18 @@ class Place:
         self._admission = admission
         self.size = size
         self.started_s: float | None = None
+        self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
-        """Wait for a turn to run, first come first served."""
-        await self._admission.wait_turn(self)
+        """Wait for a turn to run, first come first served. Raises the refusal of `refuse`."""
+        self._admission.queue(self)
+        await self.turn
+
+    def refuse(self, refusal: Refusal) -> None:
+        """End the wait, now or when it begins, with an error."""
+        if not self.turn.done():
+            self.turn.set_exception(refusal)
+            self.turn.exception()  # it may never be waited for, if the request ends before that
 
     def __enter__(self) -> Place:
         return self
@@ -44,7 +52,8 @@ class Admission:
         self.max_held = max_running * (1 + QUEUED_PER_RUNNING)
         self.num_running = 0
         self.num_held = 0  # running, waiting, or still being tokenised
-        self._turns: deque[tuple[Place, asyncio.Future[None]]] = deque()
+        self.num_refused = 0
+        self._waiting: deque[Place] = deque()
         self._mean_run_s = 1.0
         self._empty = asyncio.Event()
         self._empty.set()
@@ -52,6 +61,7 @@ class Admission:
     def reserve(self, size: int) -> Place:
         """A place for `size` completions. Raises Refusal (RESOURCE_EXHAUSTED with RetryInfo) if the server is full."""
         if self.num_held + size > self.max_held:
+            self.num_refused += 1
             retry_after_s = min(max(self._mean_run_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)
             message = (
                 f"the server is full: it holds {self.num_held} completions of at most {self.max_held} "
@@ -62,12 +72,10 @@ class Admission:
         self._empty.clear()
         return Place(self, size)
 
-    async def wait_turn(self, place: Place) -> None:
-        """See Place.start."""
-        turn = asyncio.get_running_loop().create_future()
-        self._turns.append((place, turn))
+    def queue(self, place: Place) -> None:
+        """Give a place its turn as soon as those before it have had theirs."""
+        self._waiting.append(place)
         self._give_turns()
-        await turn
 
     def leave(self, place: Place) -> None:
         """See Place."""
@@ -76,7 +84,7 @@ class Admission:
             self.num_running -= place.size
             self._mean_run_s += 0.1 * (time.monotonic() - place.started_s - self._mean_run_s)
         else:
-            self._turns = deque(entry for entry in self._turns if entry[0] is not place)
+            self._waiting = deque(waiting for waiting in self._waiting if waiting is not place)
         self._give_turns()
         if self.num_held == 0:
             self._empty.set()
@@ -86,9 +94,9 @@ class Admission:
         await self._empty.wait()
 
     def _give_turns(self) -> None:
-        while self._turns and self.num_running + self._turns[0][0].size <= self.max_running:
-            place, turn = self._turns.popleft()
+        while self._waiting and self.num_running + self._waiting[0].size <= self.max_running:
+            place = self._waiting.popleft()
             self.num_running += place.size
             place.started_s = time.monotonic()
-            if not turn.done():  # cancelled while it waited: its `with` block gives the turn back
-                turn.set_result(None)
+            if not place.turn.done():  # cancelled or refused while it waited: its `with` block gives the turn back
+                place.turn.set_result(None)

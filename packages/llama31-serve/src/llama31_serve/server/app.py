@@ -7,50 +7,61 @@ import logging
 from collections.abc import Callable
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from llama31_serve import __version__
-from llama31_serve.errors import StartError
 from llama31_serve.server.admission import Admission
+from llama31_serve.server.control_service import Controlled, ControlService
 from llama31_serve.server.detokenizer import Detokenizer
 from llama31_serve.server.engine import Engine
 from llama31_serve.server.engine_thread import EngineThread, JobOutput
-from llama31_serve.server.generation import Generator
+from llama31_serve.server.generator import Generator
 from llama31_serve.server.inference_service import InferenceService, ServingModel
 from llama31_serve.server.lifecycle import Lifecycle, State
-from llama31_serve.server.options import ServerOptions, check_address
+from llama31_serve.server.listener import Listener, Security
+from llama31_serve.server.open_requests import OpenRequests
+from llama31_serve.server.options import ServerOptions
 from llama31_serve.server.refusal import Refusal
+from llama31_serve.server.registration import add_servicer
 from llama31_serve.server.text import TextModel, TextWorker
 from llama31_serve.server.validation import Limits
+from llama31_serve.stubs import control_pb2
 from llama31_serve.stubs import inference_pb2 as pb
-from llama31_serve.stubs.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 
 logger = logging.getLogger(__name__)
 
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-CLOSE_GRACE_S = 1.0
+SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"]
+CONTROL_SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"]
 LOADING_END_S, STEP_END_S = 2.0, 30.0
-GRPC_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
-    ("grpc.keepalive_time_ms", 30_000),  # a client that vanished without a word is noticed
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
-)
 
 
 class Server:
-    """One model on one gRPC address. Made and used on one event loop."""
+    """One model on one gRPC address, and its control on another if wanted. Made and used on one event loop.
+
+    Raises:
+        StartError: certificates that can't be used.
+    """
 
     def __init__(
-        self, options: ServerOptions, load_text: Callable[[], TextModel], load_engine: Callable[[], Engine]
+        self,
+        options: ServerOptions,
+        load_text: Callable[[], TextModel],
+        load_engine: Callable[[], Engine],
+        security: Security | None = None,
     ) -> None:
+        security = security or Security()
         self.options = options
-        self.port = 0
         self.lifecycle = Lifecycle(self._set_health)
         self.admission = Admission(options.max_running)
+        self.requests = OpenRequests()
         self.engine = EngineThread(load_engine, self._emit, self._engine_broke)
+        self.drain_requested = asyncio.Event()
+        self.listener = Listener(options.host, options.port, security)
+        self.control: Listener | None = None
+        if options.control_port is not None:
+            self.control = Listener(options.control_host, options.control_port, security)
         self._broken = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._load_text = load_text
@@ -58,26 +69,20 @@ class Server:
         self._detokenizer: Detokenizer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._service = InferenceService(self.lifecycle)
-        self._grpc = grpc.aio.server(options=GRPC_OPTIONS)
 
     @property
     def address(self) -> str:
         """host:port that clients connect to, known after `start`."""
-        host = f"[{self.options.host}]" if ":" in self.options.host else self.options.host
-        return f"{host}:{self.port}"
+        return self.listener.address
 
     async def start(self) -> None:
-        """Listen and say NOT_SERVING; nothing of the model is read yet. Raises StartError if the port can't be had."""
-        add_InferenceServiceServicer_to_server(self._service, self._grpc)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        """Listen and say NOT_SERVING; nothing of the model is read yet. Raises StartError if a port can't be had."""
         await self._set_health(False)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
-        check_address(self.options.host, self.options.port)  # gRPC does not say why it can't
-        try:
-            self.port = self._grpc.add_insecure_port(self.options.address)
-        except RuntimeError as error:
-            raise StartError(f"cannot listen on {self.options.address}; choose another --host or --port") from error
-        await self._grpc.start()
+        self._add_services(self.listener, SERVICE, self._service)
+        await self.listener.start()
+        if self.control is not None:
+            self._add_services(self.control, CONTROL_SERVICE, self._control_service())
+            await self.control.start()
 
     async def load(self) -> None:
         """Read the tokenizer, then the engine on its own thread, warm it up, and begin to serve."""
@@ -93,7 +98,7 @@ class Server:
             default_max_tokens=self.options.default_max_tokens,
             max_running=self.options.max_running,
         )
-        generator = Generator(self.lifecycle, self.admission, text, self.engine, limits)
+        generator = Generator(self.lifecycle, self.admission, self.requests, text, self.engine, limits)
         self._service.model = ServingModel(generator, text, self._model_info(engine, text.model))
         await self.lifecycle.enter(State.SERVING)
 
@@ -109,8 +114,10 @@ class Server:
             await asyncio.wait_for(self.admission.wait_empty(), self.options.drain_timeout_s)
         except TimeoutError:
             stopped = Refusal(grpc.StatusCode.UNAVAILABLE, "the server stopped before this request had finished")
-            count = self._service.model.generator.fail_all(stopped) if self._service.model is not None else 0
-            logger.warning("%d requests did not finish within %g s", count, self.options.drain_timeout_s)
+            late = self.requests.all()
+            for request in late:
+                request.fail(stopped)
+            logger.warning("%d requests did not finish within %g s", len(late), self.options.drain_timeout_s)
             return False
         return True
 
@@ -120,7 +127,9 @@ class Server:
         A drain before it is what spares the requests that run.
         """
         loading = self.lifecycle.state is State.LOADING
-        await self._grpc.stop(CLOSE_GRACE_S)
+        await self.listener.close()
+        if self.control is not None:
+            await self.control.close()
         self.engine.stop()
         in_thread = self._loop.run_in_executor
         ended = await in_thread(None, self.engine.join, LOADING_END_S if loading else STEP_END_S)
@@ -129,6 +138,26 @@ class Server:
         if self._text is not None:
             await in_thread(None, self._text.close)
         return ended
+
+    def _add_services(self, listener: Listener, service: ServiceDescriptor, servicer: object) -> None:
+        add_servicer(listener.grpc, service, servicer)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.grpc)
+        names = (service.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, listener.grpc)
+
+    def _control_service(self) -> ControlService:
+        def generator() -> Generator | None:
+            return None if self._service.model is None else self._service.model.generator
+
+        parts = Controlled(
+            model_name=self.options.model_name,
+            lifecycle=self.lifecycle,
+            admission=self.admission,
+            requests=self.requests,
+            generator=generator,
+            request_drain=self.drain_requested.set,
+        )
+        return ControlService(parts)
 
     def _engine_broke(self) -> None:
         self._loop.call_soon_threadsafe(self._broken.set)
@@ -139,7 +168,7 @@ class Server:
 
     async def _set_health(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE_NAME):
+        for service in ("", SERVICE.full_name):
             await self._health.set(service, status)
 
     def _model_info(self, engine: Engine, text: TextModel) -> pb.GetModelInfoResponse:

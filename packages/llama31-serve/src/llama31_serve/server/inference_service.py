@@ -8,7 +8,8 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from llama31_serve.errors import FieldViolation
-from llama31_serve.server.generation import Generation, Generator
+from llama31_serve.server.generation import Generation
+from llama31_serve.server.generator import Generator
 from llama31_serve.server.job import Finished, FinishReason, Update
 from llama31_serve.server.lifecycle import Lifecycle
 from llama31_serve.server.refusal import Context, answers_refusals, invalid

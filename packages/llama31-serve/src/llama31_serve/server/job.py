@@ -81,12 +81,14 @@ class Inbox:
     def __init__(self) -> None:
         self._waiting: dict[int, Update] = {}
         self._arrived = asyncio.Event()
+        self.num_tokens = 0
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
 
     def put(self, update: Update, time_s: float) -> None:
         """Add an update that the engine made at `time_s` (time.monotonic)."""
         if update.token_ids:
+            self.num_tokens += len(update.token_ids)
             self.first_token_s = time_s if self.first_token_s is None else self.first_token_s
             self.last_token_s = time_s
         waiting = self._waiting.get(update.completion_index)

@@ -28,6 +28,7 @@ class ServerOptions:
         max_running: completions handed to the engine at once; twice as many wait, more are refused.
         default_max_tokens: for requests that do not say.
         drain_timeout_s: how long running requests may take after SIGTERM.
+        control_host, control_port: listener of ControlService; none if the port is None.
         allow_special_tokens: callers may write control tokens into text.
         allow_any_address: listening on 0.0.0.0 or :: is meant.
     """
@@ -38,26 +39,30 @@ class ServerOptions:
     max_running: int = 64
     default_max_tokens: int = 512
     drain_timeout_s: float = 30.0
+    control_host: str = "127.0.0.1"
+    control_port: int | None = None
     allow_special_tokens: bool = False
     allow_any_address: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise StartError(f"--port is {self.port}, allowed are 0 (any free one) to 65535")
+        for name, port in (("port", self.port), ("control_port", self.control_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise StartError(f"--{name} is {port}, allowed are 0 (any free one) to 65535")
         for name, value in (("max_running", self.max_running), ("default_max_tokens", self.default_max_tokens)):
             if value < 1:
                 raise StartError(f"--{name} is {value}, allowed are numbers from 1 up")
         if not self.drain_timeout_s >= 0:
             raise StartError(f"--drain_timeout_s is {self.drain_timeout_s}, allowed are numbers from 0 up")
-        if not self.allow_any_address and _is_any_address(self.host):
-            raise StartError(
-                f"--host {self.host} listens on every interface; name one address, or add --allow_any_address"
-            )
+        for name, host in (("host", self.host), ("control_host", self.control_host)):
+            if not self.allow_any_address and _is_any_address(host):
+                raise StartError(
+                    f"--{name} {host} listens on every interface; name one address, or add --allow_any_address"
+                )
 
-    @property
-    def address(self) -> str:
-        """host:port, with brackets around an IPv6 host."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+def join_address(host: str, port: int) -> str:
+    """host:port, with brackets around an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_any_address(host: str) -> bool:
@@ -70,16 +75,14 @@ def _is_any_address(host: str) -> bool:
 def check_address(host: str, port: int) -> None:
     """Raises StartError, with the system's reason, unless a socket can be bound there now."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, _, _, address = found[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
             probe.bind(address)
     except OSError as error:
-        raise StartError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-        ) from error
+        where = join_address(host, port)
+        raise StartError(f"cannot listen on {where}: {error.strerror}; choose another address or port") from error
 
 
 def check_model_dir(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -36,6 +37,13 @@ class Refusal(Exception):  # noqa: N818  a status, not a fault of ours
         self.retry_after_s = retry_after_s
 
 
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Stands for a request whose bytes could not be read."""
+
+    message_name: str
+
+
 def invalid(violations: Sequence[FieldViolation]) -> Refusal:
     """INVALID_ARGUMENT with every wrong field, in the message too for clients that read no details."""
     message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
@@ -50,6 +58,8 @@ def answers_refusals(
     @functools.wraps(method)
     async def answer(self: Any, request: Any, context: Context) -> Response:
         try:
+            if isinstance(request, Malformed):
+                raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f"the request's bytes are no {request.message_name}")
             return await method(self, request, context)
         except Refusal as refusal:
             details = encode_details(refusal.code, refusal.message, refusal.violations, refusal.retry_after_s)
