@@ -277,7 +277,10 @@ class ModelConfig(BaseModel):
 
 def _rope_from_hf(values: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
     """`rope_theta` and the scaling, from either spelling: `rope_scaling` or transformers 5's `rope_parameters`."""
-    parameters = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    found = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{source}: rope_scaling is {found!r}, expected an object")
+    parameters = dict(found)
     theta = _as_float(parameters.pop("rope_theta", values.get("rope_theta", 10000.0)))
     kind = parameters.pop("rope_type", parameters.pop("type", "default"))
     parameters.pop("type", None)
@@ -303,7 +306,7 @@ def _rope_from_hf(values: dict[str, Any], source: str) -> tuple[float, RopeScali
 
 def _as_float(value: Any) -> Any:
     """JSON writes 500000.0 as 500000 at times; anything that is not a number is left for the validation."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else value
 
 
 def _did_you_mean(key: str, known: Any) -> str:
