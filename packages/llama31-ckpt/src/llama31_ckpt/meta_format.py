@@ -6,12 +6,12 @@ are in every file (llama-models `models/llama3/model.py`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llama31_ckpt.torch_format import Joined, TorchWeights, load_tensors
+from llama31_core.checkpoint.json_files import read_json_object
 from llama31_core.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, is_ignorable, rotary_heads
 from llama31_core.checkpoint.shapes import parameter_shapes
 from llama31_core.config import PRESETS, ModelConfig, RopeScaling
@@ -72,14 +72,7 @@ def _shard_paths(directory: Path) -> list[Path]:
 
 
 def _read_params(path: Path) -> dict[str, Any]:
-    try:
-        params = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; it belongs to the checkpoint") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(params).__name__}, expected an object")
+    params = read_json_object(path)
     unknown = sorted(set(params) - _KNOWN_PARAMS)
     if unknown:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A bar of bytes on a terminal, nothing elsewhere."""
+"""Progress bars on a terminal, nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -18,4 +18,10 @@ def byte_bar(total_bytes: int, label: str) -> tqdm[Any]:
         disable=not sys.stderr.isatty(),
         dynamic_ncols=True,
     )
+    return bar
+
+
+def item_bar(total: int, label: str) -> tqdm[Any]:
+    """A progress bar of tensors, likewise."""
+    bar: tqdm[Any] = tqdm(total=total, desc=label, unit="tensor", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     return bar

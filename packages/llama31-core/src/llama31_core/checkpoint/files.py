@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from llama31_core.checkpoint.ckpt_format import is_ckpt, parse_ckpt
+from llama31_core.checkpoint.json_files import read_json_object
 from llama31_core.checkpoint.safetensors_format import is_safetensors, parse_safetensors
 from llama31_core.checkpoint.stored import OpenFile, StoredTensor, TensorFiles
 from llama31_core.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_INDEX_BYTES = 100_000_000
 
 
 def open_tensor_files(path: Path) -> TensorFiles:
@@ -68,15 +67,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: no valid index, or a file name that leaves its directory.
     """
-    try:
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes; no index is")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map")
     for name, file_name in weight_map.items():

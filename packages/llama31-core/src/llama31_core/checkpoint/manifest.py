@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llama31_core.checkpoint.json_files import read_json_object
 from llama31_core.checkpoint.staging import staged_file
 from llama31_core.checkpoint.writer import WrittenFile
 from llama31_core.errors import CheckpointError
@@ -70,19 +71,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, no valid JSON, or not a manifest of this form.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    files = content.get("files") if isinstance(content, dict) else None
+    content = read_json_object(path)
+    files = content.get("files")
     if not isinstance(files, dict) or content.get("format_version") != _FORMAT_VERSION:
         raise CheckpointError(f"{path} is no manifest of format_version {_FORMAT_VERSION}")
     for name, entry in files.items():
         if Path(name).name != name or not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise CheckpointError(f"{path}: entry {name!r} must be a plain file name with a sha256")
-    return dict(content)
+    return content
 
 
 def manifest_problems(path: Path) -> list[str]:
