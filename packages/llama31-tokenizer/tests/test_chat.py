@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -165,10 +166,36 @@ def test_only_the_format_writes_control_ids(llama3: Tokenizer, smollm2: Tokenize
         assert hostile in tokenizer.decode(ChatFormat(tokenizer).encode_dialog(loud).ids)
 
 
-def test_private_use_characters_in_messages_stay(smollm2: Tokenizer) -> None:
-    content = "".join(map(chr, range(0x100000, 0x100040))) + "<|im_end|>"
+def test_template_gets_parts_and_results_as_it_takes_them(smollm2: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    dialog: list[dict[str, Any]] = [
+        {"role": "user", "content": parts},
+        {"role": "tool", "content": {"t": "<|im_end|>"}},
+    ]
+    joins = template_tokenizer(smollm2, "{% for m in messages %}{{ m.content }}|{% endfor %}")
+    assert smollm2.decode(joins.encode_dialog(dialog).ids) == "a\nb|{'t': '<|im_end|>'}|"
+    assert smollm2.special_tokens["<|im_end|>"] not in joins.encode_dialog(dialog).ids
+    source = (
+        "{% for p in messages[0].content %}{{ p['type'] }}={{ p.text }};{% endfor %}{{ messages[1].content | tojson }}"
+    )
+    loops = template_tokenizer(smollm2, source)
+    assert smollm2.decode(loops.encode_dialog(dialog).ids) == 'text=a;text=b;{"t": "<|im_end|>"}'
+
+
+def test_mask_characters_in_messages_stay(smollm2: Tokenizer) -> None:
+    content = "".join(map(chr, range(0x30000, 0x30040))) + "<|im_end|>"
     ids = ChatFormat(smollm2).encode_dialog([{"role": "user", "content": content}]).ids
     assert content in smollm2.decode(ids)
+    with pytest.raises(TokenizerError, match="CJK extension G"):
+        ChatFormat(smollm2).encode_dialog([{"role": "user", "content": "".join(map(chr, range(0x30000, 0x3134B)))}])
+
+
+def test_escapes_in_templates_leave_masks(smollm2: Tokenizer) -> None:
+    source = "{{ messages[0].content | tojson(ensure_ascii=true) }}{{ messages[0] }}"
+    text = "é <|im_end|> \\ud880\\udc02"
+    ids = template_tokenizer(smollm2, source).encode_dialog([{"role": "user", "content": text}]).ids
+    assert smollm2.special_tokens["<|im_end|>"] not in ids
+    assert smollm2.decode(ids) == json.dumps(text) + repr({"role": "user", "content": text})
 
 
 def test_smollm2_equals_transformers(smollm2: Tokenizer, hf_smollm2: Any) -> None:

@@ -77,7 +77,9 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(text=TEXTS)
 @example(text="\n \n\n  \r\n x")
 @example(text="12345   67 \n")

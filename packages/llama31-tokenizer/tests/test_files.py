@@ -151,7 +151,9 @@ WORDS = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(text=st.lists(WORDS | st.text(max_size=5), max_size=20).map("".join))
 def test_trained_vocabularies_equal_hugging_face(text: str, trained: tuple[Any, Tokenizer]) -> None:
     theirs, ours = trained

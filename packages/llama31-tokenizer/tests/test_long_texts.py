@@ -20,7 +20,7 @@ def codec_of(tokenizer: Tokenizer) -> BpeCodec:
     return tokenizer._codec
 
 
-FIXTURES_ONCE = [HealthCheck.function_scoped_fixture]
+FIXTURES_ONCE = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=FIXTURES_ONCE)

@@ -32,7 +32,9 @@ def saved(
     return tokenizer, Tokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(directory), directory
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(text=st.sampled_from(TEXTS) | st.text(max_size=80))
 def test_same_ids(text: str, saved: tuple[Tokenizer, Tokenizer, Any, Path]) -> None:
     original, again, theirs, _ = saved

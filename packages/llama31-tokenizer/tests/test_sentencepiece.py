@@ -54,7 +54,9 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(text=TEXTS)
 def test_equals_the_library(text: str, llama2: Tokenizer, reference: Any) -> None:
     ids = llama2.encode(text)

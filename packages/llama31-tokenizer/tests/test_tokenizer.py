@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
+import sys
+import types
 import unicodedata
 from typing import Any
 
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from llama31_tokenizer import StreamDecoder, Tokenizer, TokenizerError
 from llama31_tokenizer.batch import pad_batch
 
-FIXTURES_ONCE = [HealthCheck.function_scoped_fixture]
+FIXTURES_ONCE = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 TEXT = "Hello, wörld! 你好 😀👩‍👩‍👧 'tis <|eot_id|>\n\n  end\t"
 IDS = st.lists(st.integers(0, 128_255) | st.sampled_from([222, 240, 128_000, 128_009, 9_468]), max_size=30)
 
@@ -206,6 +209,21 @@ def test_call_options(llama3: Tokenizer) -> None:
         llama3(["a b", "a"], return_tensors="np")
     with pytest.raises(AttributeError):
         _ = cut.labels
+
+
+def test_mindspore_tensors(llama3: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("mindspore")
+    module.Tensor = lambda array: ("tensor", array.dtype, array.tolist())  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mindspore", module)
+    found = llama3(["a", "a b"], return_tensors="ms", padding=True)
+    assert found.input_ids == ("tensor", np.int32, [[128_000, 64, 128_004], [128_000, 64, 293]])
+    assert found.attention_mask[2] == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_processes_can_be_handed_one(smollm2: Tokenizer) -> None:
+    again = pickle.loads(pickle.dumps(smollm2))
+    assert again.encode(TEXT) == smollm2.encode(TEXT)
+    assert again.special_tokens == smollm2.special_tokens
 
 
 def test_compat_mindformers(llama3: Tokenizer, llama3_file: Any) -> None:

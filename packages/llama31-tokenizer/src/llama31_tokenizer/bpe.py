@@ -30,13 +30,12 @@ class BpeCodec:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         assert vocabulary.pattern is not None
-        ranks = dict(vocabulary.ranks)
-        known = {token for token in ranks if len(token) == 1}
         # tiktoken panics on a byte without a rank: give those ranks behind the vocabulary and take them out again.
-        self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in known)
+        self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in vocabulary.ranks)
         self._size = vocabulary.size
-        for offset, byte in enumerate(self._missing):
-            ranks[bytes([byte])] = self._size + offset
+        ranks = vocabulary.ranks
+        if self._missing:
+            ranks = {**ranks, **{bytes([byte]): self._size + at for at, byte in enumerate(self._missing)}}
         self._unknown_id = vocabulary.unknown_byte_id
         self._literal_ids = vocabulary.literal_tokens
         self._literals = compile_names(vocabulary.literal_tokens) if vocabulary.literal_tokens else None

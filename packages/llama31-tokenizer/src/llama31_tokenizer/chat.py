@@ -6,16 +6,18 @@ Llama 3 vocabularies get Meta's header format; others the chat template of their
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llama31_tokenizer.assistant import AssistantMessage, parse_assistant
-from llama31_tokenizer.chat_template import TemplateFormat
 from llama31_tokenizer.controls import is_llama3
 from llama31_tokenizer.dialog import EncodedDialog
 from llama31_tokenizer.errors import TokenizerError
 from llama31_tokenizer.llama3 import START_HEADER
 from llama31_tokenizer.llama3_chat import Llama3Format, ToolPrompt
 from llama31_tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llama31_tokenizer.chat_template import TemplateFormat
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -40,6 +42,8 @@ class ChatFormat:
         if style == "llama3":
             self._format = Llama3Format(tokenizer)
         elif template is not None:
+            from llama31_tokenizer.chat_template import TemplateFormat  # needs jinja2, which takes time to import
+
             self._format = TemplateFormat(tokenizer, template)
         else:
             raise TokenizerError(

@@ -1,7 +1,7 @@
 """Chat templates written in Jinja, as Hugging Face models carry them: messages in, ids and spans out.
 
 A control token in the rendered text becomes its id only where the template wrote it: in what the messages say such
-text is masked while rendering, with one private-use character for each, and is encoded as plain text.
+text is masked while rendering, with one rare character for each, and is encoded as plain text.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from typing import Any
 from llama31_tokenizer.bpe import compile_names
 from llama31_tokenizer.dialog import EncodedDialog, Span
 from llama31_tokenizer.errors import TokenizerError
-from llama31_tokenizer.jinja_sandbox import ChatTemplate
+from llama31_tokenizer.jinja_sandbox import ChatTemplate, Marks
 from llama31_tokenizer.messages import ROLES, read_content
 from llama31_tokenizer.tokenizer import Tokenizer
 from llama31_tokenizer.tool_calls import read_tool_calls
 
 TEMPLATE_ROLES = (*ROLES, "developer", "function")
-_PRIVATE_USE = range(0x100000, 0x10FFFE)
+RESULT_ROLES = ("tool", "ipython", "function")  # what a tool answered may be JSON
+# Ideographs of CJK extension G: printable (so that a `repr` in a template leaves them), and hardly ever written. Those
+# that a dialog does write are not taken as masks.
+_MASKS = range(0x30000, 0x3134B)
 _Data = dict[str, Any]
 
 
@@ -76,10 +79,13 @@ class TemplateFormat:
         if raw.get("role") not in TEMPLATE_ROLES:
             raise TokenizerError(f"{where}.role is {raw.get('role')!r}, allowed are {', '.join(TEMPLATE_ROLES)}")
         calls = read_tool_calls(raw.get("tool_calls"), where)
-        parts = read_content(raw.get("content"), where, optional=bool(calls))
         message = {**raw}
-        if not (self._takes_parts and not isinstance(raw.get("content"), str)):
-            message["content"] = "\n".join(parts)
+        content = raw.get("content")
+        is_result = isinstance(content, Mapping) and raw["role"] in RESULT_ROLES
+        if not is_result:
+            parts = read_content(content, where, optional=bool(calls))
+            if isinstance(content, str) or not self._takes_parts:
+                message["content"] = "\n".join(parts)
         if calls:
             message["tool_calls"] = [
                 {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
@@ -90,12 +96,16 @@ class TemplateFormat:
     def _render(self, messages: list[_Data], prompt: bool, variables: Mapping[str, Any]) -> _Rendered:
         inputs = {"messages": messages, **variables}
         used: set[str] = set()
-        _collect_private(inputs, used)
-        free = (char for char in map(chr, _PRIVATE_USE) if char not in used)
-        begin, end, *masks = itertools.islice(free, 2 + len(self._tokenizer.special_tokens))
-        mask_of = dict(zip(self._tokenizer.special_tokens, masks, strict=True))
+        _collect_masks(inputs, used)
+        names = self._tokenizer.special_tokens
+        free = list(itertools.islice((char for char in map(chr, _MASKS) if char not in used), 2 + len(names)))
+        if len(free) < 2 + len(names):
+            raise TokenizerError("the dialog uses nearly every ideograph of CJK extension G, which rendering needs")
+        begin, end, *masks = free
+        mask_of = dict(zip(names, masks, strict=True))
         masked = _mask(inputs, self._names, mask_of)
-        text = self._template.render({**self._variables, **masked, "add_generation_prompt": prompt}, begin, end)
+        marks = Marks(begin, end, frozenset(masks))
+        text = self._template.render({**self._variables, **masked, "add_generation_prompt": prompt}, marks)
         pieces, generated = _take_marks(text, begin, end)
         return _Rendered(pieces, generated, {ord(char): name for name, char in mask_of.items()})
 
@@ -166,17 +176,17 @@ class TemplateFormat:
         return (first, (stops[-1] if stops else last) + 1)
 
 
-def _collect_private(value: Any, found: set[str]) -> None:
+def _collect_masks(value: Any, found: set[str]) -> None:
     if isinstance(value, str):
         if not value.isascii():
-            found.update(char for char in value if ord(char) in _PRIVATE_USE)
+            found.update(char for char in value if ord(char) in _MASKS)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _collect_private(key, found)
-            _collect_private(item, found)
+            _collect_masks(key, found)
+            _collect_masks(item, found)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _collect_private(item, found)
+            _collect_masks(item, found)
 
 
 def _mask(value: Any, names: Any, mask_of: Mapping[str, str]) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,12 +29,25 @@ MAX_STEPS = 1_000_000  # loop passes and macro calls of one rendering
 MAX_PRODUCT = 10_000_000  # characters or items of one repeated string or list, and size of one power
 
 
+@dataclass(frozen=True)
+class Marks:
+    """Characters with a meaning in one rendering.
+
+    Attributes:
+        begin, end: enclose what generation blocks hold.
+        masks: stand for control tokens' names, and are left as they are wherever a template would escape them.
+    """
+
+    begin: str = ""
+    end: str = ""
+    masks: frozenset[str] = frozenset()
+
+
 class _State(threading.local):
     """What one rendering counts and marks; each thread has its own."""
 
     steps = 0
-    begin = ""
-    end = ""
+    marks = Marks()
 
 
 class _Guard(Extension):
@@ -51,7 +65,7 @@ class _Guard(Extension):
         return nodes.CallBlock(self.call_method("enclose"), [], [], body).set_lineno(line)
 
     def enclose(self, caller: Macro) -> str:
-        return f"{self.state.begin}{caller()}{self.state.end}"
+        return f"{self.state.marks.begin}{caller()}{self.state.marks.end}"
 
     def step(self) -> None:
         self.state.steps += 1
@@ -94,10 +108,10 @@ class ChatTemplate:
     def __init__(self, source: str, origin: Path) -> None:
         self._origin = origin
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Guard, loopcontrols])
-        environment.filters["tojson"] = _to_json
+        self._guard = next(ext for ext in environment.iter_extensions() if isinstance(ext, _Guard))
+        environment.filters["tojson"] = self._to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._guard = next(ext for ext in environment.iter_extensions() if isinstance(ext, _Guard))
         self.marks_generation = "endgeneration" in source
         try:
             self._template = environment.from_string(source)
@@ -106,14 +120,14 @@ class ChatTemplate:
                 f"{origin}: chat template line {error.lineno}: {error.message}; correct the template"
             ) from error
 
-    def render(self, variables: Mapping[str, Any], begin: str, end: str) -> str:
-        """The rendered text; `begin` and `end` enclose what the template's generation blocks hold.
+    def render(self, variables: Mapping[str, Any], marks: Marks) -> str:
+        """The rendered text, with marks in it.
 
         Raises:
             TokenizerError: the template raised, or went over a limit; its own message is shown.
         """
         state = self._guard.state
-        state.steps, state.begin, state.end = 0, begin, end
+        state.steps, state.marks = 0, marks
         try:
             return self._template.render(variables)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
@@ -121,15 +135,19 @@ class ChatTemplate:
         except (AttributeError, MemoryError) as error:
             raise TokenizerError(f"{self._origin}: the chat template failed: {error}") from error
 
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def _to_json(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        if ensure_ascii:
+            for mask in self._guard.state.marks.masks:
+                text = text.replace(json.dumps(mask)[1:-1], mask)
+        return text
 
 
 def _raise(message: str) -> NoReturn:

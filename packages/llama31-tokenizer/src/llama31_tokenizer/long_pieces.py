@@ -11,7 +11,6 @@ it holds.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 WINDOW_BYTES = 1 << 16
@@ -64,11 +63,18 @@ def _find_joint(
     """How many of `ids` to keep and of `following` to skip, so that the tokens beside the joint are BPE's own."""
     if kept == 0:
         return None
-    starts = dict(zip(itertools.accumulate((len(token_bytes(i)) for i in following), initial=0), itertools.count()))
+    reach = sum(len(token_bytes(token)) for token in ids[kept:])
+    starts: dict[int, int] = {}
+    place = 0
+    for right, token in enumerate(following):
+        if place > reach:
+            break
+        starts[place] = right
+        place += len(token_bytes(token))
     place = 0
     for left in range(kept, len(ids) + 1):
-        right = starts.get(place)
-        if right is not None and right < len(following):
+        if place in starts:
+            right = starts[place]
             before, after = ids[left - 1], following[right]
             if encode(token_bytes(before) + token_bytes(after)) == [before, after]:
                 return left, right

@@ -35,7 +35,7 @@ def save_vocabulary(vocabulary: Vocabulary, directory: Path) -> list[Path]:
         files["tokenizer.model"] = vocabulary.sentencepiece_model
     else:
         if len(vocabulary.ranks) == llama3.NUM_RANKS == max(vocabulary.ranks.values()) + 1:
-            files["tokenizer.model"] = format_ranks(dict(vocabulary.ranks))
+            files["tokenizer.model"] = format_ranks(vocabulary.ranks)
         files["tokenizer.json"] = _dump(build_hf_json(vocabulary))
     files["tokenizer_config.json"] = _dump(build_config(vocabulary), indent=2)
     try:

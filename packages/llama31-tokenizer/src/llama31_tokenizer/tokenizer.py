@@ -100,6 +100,9 @@ class Tokenizer:
 
         return save_vocabulary(self.vocabulary, Path(directory))
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Vocabulary]]:
+        return type(self), (self.vocabulary,)  # so that processes of a data job can be handed one
+
     def __repr__(self) -> str:
         return (
             f"Tokenizer({str(self.vocabulary.source)!r}, kind={self.vocabulary.kind!r}, vocab_size={self.vocab_size})"

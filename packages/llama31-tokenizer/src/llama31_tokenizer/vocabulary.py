@@ -54,7 +54,7 @@ class Vocabulary:
     source: Path
     sha256: str
     size: int
-    ranks: Mapping[bytes, int]
+    ranks: dict[bytes, int]
     special_tokens: Mapping[str, int]
     controls: ControlTokens
     pattern: Pattern | None

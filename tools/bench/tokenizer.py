@@ -1,0 +1,230 @@
+"""Speed and memory of llama31-tokenizer beside raw tiktoken and Hugging Face's tokenizers, same vocabulary, same texts.
+
+`python tools/bench/tokenizer.py` prints the tables. All three run in turn within each round, so that a busy machine
+disturbs them alike; the figures are medians over the rounds, and the ratios medians of each round's ratios. The ids of
+the three are compared first. Loading and memory are taken in processes of their own. Raw tiktoken is its Encoding built
+by tiktoken's own loader with the pattern Meta publishes, called through `encode_ordinary`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.tokenizer_corpora import load_corpora, size_mb
+
+from llama31_tokenizer import Tokenizer
+from llama31_tokenizer.patterns import LLAMA3
+from model_assets import fetch
+
+LIBRARIES = ("llama31", "tiktoken", "tokenizers")
+Work = Callable[[], object]
+
+
+def build_tiktoken(path: Path) -> Any:
+    """Raw tiktoken over Meta's file."""
+    import tiktoken
+    from tiktoken.load import load_tiktoken_bpe
+
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # read the file itself, not a copy of it
+    assert LLAMA3.split is not None
+    return tiktoken.Encoding(
+        "llama3", pat_str=LLAMA3.split, mergeable_ranks=load_tiktoken_bpe(str(path)), special_tokens={}
+    )
+
+
+def run_rounds(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each work in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds):
+        names = list(works)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = time.perf_counter()
+            works[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(reference: list[float], ours: list[float]) -> str:
+    """How many times faster ours is: the median over rounds."""
+    return f"{statistics.median(a / b for a, b in zip(reference, ours, strict=True)):.2f}x"
+
+
+def print_table(title: str, header: Sequence[str], rows: list[Sequence[str]]) -> None:
+    """A Markdown table."""
+    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    sys.stdout.flush()
+
+
+def bench_encoding(ours: Tokenizer, raw: Any, hf: Any, corpora: dict[str, list[str]], rounds: int) -> None:
+    """Tables of encoding, decoding and counting."""
+    single: list[Sequence[str]] = []
+    threads: list[Sequence[str]] = []
+    decoding: list[Sequence[str]] = []
+    for name, documents in corpora.items():
+        mb = size_mb(documents)
+        rows = [ours.encode(document) for document in documents]
+        assert rows == [raw.encode_ordinary(document) for document in documents], "ids differ from tiktoken's"
+        hf.encode_special_tokens = True
+        assert rows == [hf.encode(document, add_special_tokens=False).ids for document in documents], "ids differ"
+
+        def hf_encode(documents: list[str] = documents) -> object:
+            return [hf.encode(document, add_special_tokens=False).ids for document in documents]
+
+        def hf_batch(documents: list[str] = documents) -> object:
+            return [one.ids for one in hf.encode_batch(documents, add_special_tokens=False)]
+
+        def rate(seconds: list[float], mb: float = mb) -> str:
+            return f"{mb / statistics.median(seconds):.1f}"
+
+        t = run_rounds(
+            {
+                "llama31": lambda d=documents: [ours.encode(text) for text in d],  # type: ignore[misc]
+                "tiktoken": lambda d=documents: [raw.encode_ordinary(text) for text in d],  # type: ignore[misc]
+                "tokenizers": hf_encode,
+                "count": lambda d=documents: [ours.count(text) for text in d],  # type: ignore[misc]
+            },
+            rounds,
+        )
+        both = (ratio(t["tiktoken"], t["llama31"]), ratio(t["tokenizers"], t["llama31"]))
+        single.append((name, f"{mb:.1f}", *(rate(t[key]) for key in (*LIBRARIES, "count")), *both))
+        t = run_rounds(
+            {
+                "one": lambda d=documents: ours.encode_batch(d, num_threads=1),  # type: ignore[misc]
+                "two": lambda d=documents: ours.encode_batch(d, num_threads=2),  # type: ignore[misc]
+                "tiktoken": lambda d=documents: raw.encode_ordinary_batch(d, num_threads=2),  # type: ignore[misc]
+                "tokenizers": hf_batch,
+            },
+            rounds,
+        )
+        gains = (ratio(t["one"], t["two"]), ratio(t["tiktoken"], t["two"]), ratio(t["tokenizers"], t["two"]))
+        threads.append((name, *(rate(t[key]) for key in ("one", "two", "tiktoken", "tokenizers")), *gains))
+        t = run_rounds(
+            {
+                "llama31": lambda r=rows: [ours.decode(ids) for ids in r],  # type: ignore[misc]
+                "tiktoken": lambda r=rows: [raw.decode(ids) for ids in r],  # type: ignore[misc]
+                "tokenizers": lambda r=rows: [hf.decode(ids, skip_special_tokens=False) for ids in r],  # type: ignore[misc]
+            },
+            rounds,
+        )
+        both = (ratio(t["tiktoken"], t["llama31"]), ratio(t["tokenizers"], t["llama31"]))
+        decoding.append((name, *(rate(t[key]) for key in LIBRARIES), *both))
+    against = ("to tiktoken", "to tokenizers")
+    print_table("One thread, MB/s", ("corpus", "MB", *LIBRARIES, "count()", *against), single)
+    columns = ("corpus", "one thread", "two threads", "tiktoken, two", "tokenizers, all cores")
+    print_table("Batches, MB/s", (*columns, "two to one", *against), threads)
+    print_table("Decoding, MB/s", ("corpus", *LIBRARIES, *against), decoding)
+
+
+def bench_long_runs(ours: Tokenizer) -> None:
+    """Seconds over texts of one kind of character: linear when the last column stays near the ratio of sizes."""
+    rng = random.Random(0)
+    kinds: dict[str, Callable[[int], str]] = {
+        "one letter": lambda size: "a" * size,
+        "spaces": lambda size: " " * size,
+        "emoji": lambda size: "😀" * (size // 4),
+        "random bytes": lambda size: rng.randbytes(size * 2 // 3).decode("utf-8", "replace"),
+        "random letters": lambda size: "".join(rng.choices("abcdefgh", k=size)),
+    }
+    sizes = (1, 2, 5, 10)
+    rows: list[Sequence[str]] = []
+    for name, make in kinds.items():
+        texts = [make(size * 1_000_000) for size in sizes]
+        t = [statistics.median(run_rounds({"": lambda text=text: ours.encode(text)}, 3)[""]) for text in texts]  # type: ignore[misc]
+        rows.append((name, *(f"{seconds:.2f}" for seconds in t), f"{t[-1] / t[0]:.1f}x"))
+    print_table("Long runs, seconds", ("text", *(f"{size} MB" for size in sizes), "10 MB to 1 MB"), rows)
+
+
+def child(library: str, path: Path, with_corpora: bool) -> None:
+    """In a process of its own: load, encode, and print seconds and peak memory."""
+    start = time.perf_counter()
+    encode: Callable[[str], object]
+    if library == "llama31":
+        encode = Tokenizer.from_file(path).encode
+    elif library == "tiktoken":
+        encode = build_tiktoken(path).encode_ordinary
+    else:
+        import tokenizers
+
+        start = time.perf_counter()
+        encode = tokenizers.Tokenizer.from_file(str(path)).encode
+    loaded = time.perf_counter() - start
+    encode("hello")
+    if with_corpora:
+        for documents in load_corpora().values():
+            for document in documents:
+                encode(document)
+    peak_kb = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    print(json.dumps({"loaded": loaded, "peak_mb": int(peak_kb) / 1024}))
+
+
+def bench_processes(paths: dict[str, Path], rounds: int) -> None:
+    """Tables of loading and of memory, each in fresh processes."""
+    loads: dict[str, list[float]] = {name: [] for name in LIBRARIES}
+    peaks: dict[str, list[float]] = {}
+
+    def start(name: str, *flags: str) -> dict[str, float]:
+        command = [sys.executable, __file__, "--child", name, str(paths[name]), *flags]
+        found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        return found
+
+    for _ in range(rounds):
+        for name in LIBRARIES:
+            loads[name].append(start(name)["loaded"])
+    for name in LIBRARIES:
+        peaks[name] = [start(name)["peak_mb"], start(name, "--with-corpora")["peak_mb"]]
+    rows: list[Sequence[str]] = [
+        (
+            name,
+            f"{statistics.median(loads[name]) * 1000:.0f}",
+            ratio(loads[name], loads["llama31"]),
+            *(f"{peak:.0f}" for peak in peaks[name]),
+        )
+        for name in LIBRARIES
+    ]
+    header = ("library", "load, ms", "to llama31", "peak MB, loaded", "peak MB, all corpora")
+    print_table("Loading and memory", header, rows)
+
+
+def main() -> int:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--child", nargs=2, metavar=("LIBRARY", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--with-corpora", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child[0], Path(arguments.child[1]), arguments.with_corpora)
+        return 0
+    import tokenizers
+
+    path = fetch("llama3-tokenizer")
+    ours = Tokenizer.from_file(path)
+    with tempfile.TemporaryDirectory() as directory:
+        ours.save_pretrained(directory)
+        saved = Path(directory) / "tokenizer.json"
+        corpora = load_corpora()
+        corpora["all"] = [document for documents in corpora.values() for document in documents]
+        hf = tokenizers.Tokenizer.from_file(str(saved))
+        bench_encoding(ours, build_tiktoken(path), hf, corpora, arguments.rounds)
+        bench_processes({"llama31": path, "tiktoken": path, "tokenizers": saved}, arguments.rounds)
+    bench_long_runs(ours)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
