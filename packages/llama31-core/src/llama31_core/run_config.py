@@ -232,7 +232,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: {name!r} is a value and has no keys in it")
     try:
-        values[key] = yaml.safe_load(text)
+        values[key] = yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
 
