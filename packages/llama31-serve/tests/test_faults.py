@@ -139,7 +139,8 @@ def _same(data: bytes) -> bytes:
     return data
 
 
-async def test_bytes_that_are_no_message(serve: Serve) -> None:
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+async def test_bytes_that_are_no_message(serve: Serve, count: int) -> None:
     """Raw bytes as requests, to every method: an error status each, and the server lives."""
     chance = random.Random(2)
     valid = pb.GenerateRequest(
@@ -149,7 +150,7 @@ async def test_bytes_that_are_no_message(serve: Serve) -> None:
     async with serve() as running, grpc.aio.insecure_channel(running.server.address) as channel:
         calls = [channel.unary_unary(METHOD + name, _same, _same) for name in methods if "Stream" not in name]
         codes = set()
-        for number in range(2000):
+        for number in range(count):
             data = bytearray(valid) if number % 2 else bytearray(chance.randbytes(chance.randrange(60)))
             for _ in range(chance.randrange(4)):
                 if data:
