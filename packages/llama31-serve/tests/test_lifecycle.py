@@ -11,8 +11,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from llama31_serve import AsyncClient, Client, UnavailableError
@@ -95,6 +97,24 @@ async def test_reflection_lists_and_describes_the_services(serve: Serve) -> None
     assert control_names == common | {"llama31.inference.v1.ControlService"}
     assert {"Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize", "Detokenize", "GetModelInfo"} == methods
     assert control_methods == {"GetServerInfo", "Abort", "Drain"}
+
+
+async def test_health_of_each_service(serve: Serve) -> None:
+    async with serve(control_port=0) as running:
+
+        async def status(address: str, service: str) -> str:
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub = health_pb2_grpc.HealthStub(channel)
+                response = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+            return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+        names = ("", "llama31.inference.v1.InferenceService", "llama31.inference.v1.ControlService")
+        control = running.server.control.address
+        assert [await status(control, name) for name in names] == ["SERVING"] * 3
+        await running.server.drain()
+        assert [await status(control, name) for name in names] == ["NOT_SERVING", "NOT_SERVING", "SERVING"]
+        with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
+            await status(running.server.address, "no.such.Service")
 
 
 STUCK_SERVER = """

@@ -82,6 +82,7 @@ class Server:
         await self.listener.start()
         if self.control is not None:
             self._add_services(self.control, CONTROL_SERVICE, self._control_service())
+            await self._health.set(CONTROL_SERVICE.full_name, health_pb2.HealthCheckResponse.SERVING)  # draining or not
             await self.control.start()
 
     async def load(self) -> None:
