@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
-from llama31_core.config import PRESETS, ModelConfig
+from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
+from llama31_core.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)

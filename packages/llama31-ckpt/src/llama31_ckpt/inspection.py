@@ -10,8 +10,8 @@ from llama31_ckpt.sources import Source
 from llama31_core.checkpoint.dtypes import BY_NAME
 from llama31_core.checkpoint.names import EMBEDDING, LM_HEAD, split_layer
 from llama31_core.checkpoint.reader import Weights, WeightsReader
-from llama31_core.config import PRESETS
 from llama31_core.errors import CheckpointError
+from llama31_core.presets import PRESETS
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """The architecture of a Llama model: HF `config.json`, a preset's name or keyword arguments in, `ModelConfig` out.
 
-Field names are those of Meta's reference (`dim`, `n_layers`, `n_kv_heads`); `to_hf` and `from_hf` translate them.
+Field names are those of Meta's reference (`dim`, `n_layers`, `n_kv_heads`); hf_config.py translates them.
 This module holds the architecture alone: sampling, paths and parallelism have configurations of their own.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,69 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from llama31_core.errors import ConfigError
-
-# HF's key -> ours, where the value needs no translation.
-_HF_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "ffn_dim",
-    "rms_norm_eps": "norm_eps",
-    "max_position_embeddings": "max_seq_len",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "bos_token_id": "bos_token_id",
-    "pad_token_id": "pad_token_id",
-}
-# Keys that change the architecture and have one value that this model implements.
-_HF_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-}
-# Keys that say nothing about the forward computation of this architecture.
-_HF_IGNORED = frozenset(
-    {
-        "_name_or_path",
-        "add_cross_attention",
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "dtype",
-        "finetuning_task",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "is_llama_config",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "pruned_heads",
-        "return_dict",
-        "rope_interleaved",
-        "sep_token_id",
-        "task_specific_params",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "unsloth_fixed",
-        "use_bfloat16",
-        "use_cache",
-    }
-)
+from llama31_core.hf_config import fields_from_hf, hf_from_fields
+from llama31_core.validation import did_you_mean, first_problem
 
 
 class RopeScaling(BaseModel):
@@ -190,15 +128,19 @@ class ModelConfig(BaseModel):
         """
         for key in values:
             if key not in cls.model_fields:
-                raise ConfigError(f"{source}: unknown key {key!r}{_did_you_mean(key, cls.model_fields)}")
+                raise ConfigError(f"{source}: unknown key {key!r}; {did_you_mean(key, cls.model_fields)}")
         try:
+            if isinstance(values.get("rope_scaling"), dict):
+                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
             return cls(**values)
         except ValidationError as error:
-            raise ConfigError(f"{source}: {_first_problem(error)}") from error
+            raise ConfigError(f"{source}: {first_problem(error)}") from error
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """One of the published architectures by name, or `tiny` (see `PRESETS`)."""
+        """One of the published architectures by name, or `tiny` (see presets.py)."""
+        from llama31_core.presets import PRESETS  # which are ModelConfigs
+
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}: allowed are {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -210,46 +152,11 @@ class ModelConfig(BaseModel):
         Raises:
             ConfigError: a key that is unknown or missing, or a value that this architecture does not have.
         """
-        known = {*_HF_KEYS, *_HF_FIXED, "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters"}
-        for key, value in values.items():
-            if key not in known and key not in _HF_IGNORED:
-                raise ConfigError(f"{source}: unknown key {key!r}{_did_you_mean(key, known)}")
-            if key in _HF_FIXED and value not in _HF_FIXED[key]:
-                allowed = " or ".join(map(repr, _HF_FIXED[key]))
-                raise ConfigError(f"{source}: {key} is {value!r}, this architecture has {allowed} only")
-        required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-        missing = [key for key in required if key not in values]
-        if missing:
-            raise ConfigError(f"{source}: missing {', '.join(missing)}; is it the config.json of a Llama model?")
-        # Absent keys have the defaults of transformers' LlamaConfig, not ours.
-        ours: dict[str, Any] = {"max_seq_len": 2048, "norm_eps": 1e-6, "n_kv_heads": values["num_attention_heads"]}
-        ours |= {_HF_KEYS[key]: value for key, value in values.items() if key in _HF_KEYS and value is not None}
-        eos = values.get("eos_token_id")
-        ours["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        if isinstance(ours.get("pad_token_id"), int) and ours["pad_token_id"] < 0:
-            ours["pad_token_id"] = None  # written as -1 by older exporters
-        ours["norm_eps"] = _as_float(ours["norm_eps"])
-        ours["rope_theta"], ours["rope_scaling"] = _rope_from_hf(values, source)
-        return cls.build(source, **ours)
+        return cls.build(source, **fields_from_hf(values, source))
 
     def to_hf(self) -> dict[str, Any]:
         """The content of an HF `config.json`, which transformers' LlamaConfig reads."""
-        values: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
-        values |= {key: allowed[0] for key, allowed in _HF_FIXED.items()}
-        values |= {key: getattr(self, ours) for key, ours in _HF_KEYS.items()}
-        eos = self.eos_token_ids
-        values["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
-        values["rope_theta"] = self.rope_theta
-        values["rope_scaling"] = None
-        if self.rope_scaling is not None:
-            values["rope_scaling"] = {
-                "rope_type": "llama3",
-                "factor": self.rope_scaling.factor,
-                "low_freq_factor": self.rope_scaling.low_freq_factor,
-                "high_freq_factor": self.rope_scaling.high_freq_factor,
-                "original_max_position_embeddings": self.rope_scaling.original_max_seq_len,
-            }
-        return values
+        return hf_from_fields(self.model_dump())
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path) -> ModelConfig:
@@ -273,101 +180,3 @@ class ModelConfig(BaseModel):
         part.write_text(json.dumps(self.to_hf(), indent=2) + "\n", encoding="utf-8")
         part.replace(path)
         return path
-
-
-def _rope_from_hf(values: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
-    """`rope_theta` and the scaling, from either spelling: `rope_scaling` or transformers 5's `rope_parameters`."""
-    found = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(found, dict):
-        raise ConfigError(f"{source}: rope_scaling is {found!r}, expected an object")
-    parameters = dict(found)
-    theta = _as_float(parameters.pop("rope_theta", values.get("rope_theta", 10000.0)))
-    kind = parameters.pop("rope_type", parameters.pop("type", "default"))
-    parameters.pop("type", None)
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ConfigError(f"{source}: rope_scaling type is {kind!r}, allowed are 'llama3' and 'default'")
-    names = {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_seq_len",
-    }
-    if set(parameters) != set(names):
-        raise ConfigError(f"{source}: rope_scaling of type llama3 has {sorted(parameters)}, expected {sorted(names)}")
-    ours = {name: parameters[key] for key, name in names.items()}
-    ours |= {key: _as_float(value) for key, value in ours.items() if key != "original_max_seq_len"}
-    try:
-        return theta, RopeScaling(**ours)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: rope_scaling: {_first_problem(error)}") from error
-
-
-def _as_float(value: Any) -> Any:
-    """JSON writes 500000.0 as 500000 at times; anything that is not a number is left for the validation."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else value
-
-
-def _did_you_mean(key: str, known: Any) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(sorted(known))}"
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(map(str, problem["loc"]))
-    message = problem["msg"].removeprefix("Value error, ")
-    if not where:
-        return message
-    got = "" if problem["type"] == "missing" or "got" in message else f", got {problem['input']!r}"
-    return f"{where}: {message}{got}"
-
-
-def _llama3(dim: int, layers: int, heads: int, ffn_dim: int, *, scaling: float = 8.0, **more: Any) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=128256,
-        dim=dim,
-        n_layers=layers,
-        n_heads=heads,
-        n_kv_heads=8,
-        ffn_dim=ffn_dim,
-        rope_scaling=RopeScaling(factor=scaling),
-        bos_token_id=128000,
-        eos_token_ids=(128001, 128008, 128009),
-        pad_token_id=128004,
-        **more,
-    )
-
-
-PRESETS: dict[str, ModelConfig] = {
-    "llama3.1-8b": _llama3(4096, 32, 32, 14336),
-    "llama3.1-70b": _llama3(8192, 80, 64, 28672),
-    "llama3.1-405b": _llama3(16384, 126, 128, 53248),
-    "llama3.2-1b": _llama3(2048, 16, 32, 8192, scaling=32.0, tie_word_embeddings=True),
-    "llama3.2-3b": _llama3(3072, 28, 24, 8192, scaling=32.0, tie_word_embeddings=True),
-    "smollm2-135m": ModelConfig(
-        vocab_size=49152,
-        dim=576,
-        n_layers=30,
-        n_heads=9,
-        n_kv_heads=3,
-        ffn_dim=1536,
-        rope_theta=100000.0,
-        max_seq_len=8192,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_ids=(2,),
-        pad_token_id=2,
-    ),
-    "tiny": ModelConfig(
-        vocab_size=512,
-        dim=64,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        ffn_dim=160,
-        rope_scaling=RopeScaling(original_max_seq_len=64),
-        max_seq_len=512,
-    ),
-}

@@ -6,7 +6,6 @@ reason, in one warning; any other unknown key is an error.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.training.schedule import ScheduleType
+from llama31_core.validation import did_you_mean, first_problem
 
 _LOG = logging.getLogger(__name__)
 
@@ -211,15 +211,11 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         _override(values, override)
     _drop_dead_keys(values, source)
     for dotted, known in _unknown_keys(values, RunConfig):
-        near = difflib.get_close_matches(dotted.rpartition(".")[2], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(sorted(known))}"
-        raise ConfigError(f"{source}: unknown key {dotted!r}; {hint}")
+        raise ConfigError(f"{source}: unknown key {dotted!r}; {did_you_mean(dotted.rpartition('.')[2], known)}")
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ConfigError(f"{source}: {where}: {problem['msg']}, got {problem['input']!r}") from error
+        raise ConfigError(f"{source}: {first_problem(error)}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:
