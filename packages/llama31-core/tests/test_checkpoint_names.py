@@ -18,7 +18,8 @@ from llama31_core.checkpoint.names import (
     split_layer,
 )
 from llama31_core.checkpoint.shapes import parameter_shapes
-from llama31_core.config import PRESETS, ModelConfig
+from llama31_core.config import ModelConfig
+from llama31_core.presets import PRESETS
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

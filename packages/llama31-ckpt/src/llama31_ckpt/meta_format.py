@@ -14,8 +14,9 @@ from llama31_ckpt.torch_format import Joined, TorchWeights, load_tensors
 from llama31_core.checkpoint.json_files import read_json_object
 from llama31_core.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name, is_ignorable, rotary_heads
 from llama31_core.checkpoint.shapes import parameter_shapes
-from llama31_core.config import PRESETS, ModelConfig, RopeScaling
+from llama31_core.config import ModelConfig, RopeScaling
 from llama31_core.errors import CheckpointError
+from llama31_core.presets import PRESETS
 
 PARAMS_NAME = "params.json"
 _SHARD_PATTERN = "consolidated.[0-9][0-9].pth"
