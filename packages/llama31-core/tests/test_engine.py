@@ -36,8 +36,11 @@ class SumRunner:
         self, token_ids_BT: list[list[int]], starts_B: list[int], block_tables: list[list[int]]
     ) -> npt.NDArray[np.float32]:
         self.num_calls += 1
-        owned = [block for table in block_tables for block in table]
-        assert len(owned) == len(set(owned)), "a block has two owners"
+        sizes = zip(starts_B, token_ids_BT, block_tables, strict=True)
+        written = [set(table[start // self.block_size :]) for start, tokens, table in sizes]
+        for row, blocks in enumerate(written):
+            others = {block for other, table in enumerate(block_tables) if other != row for block in table}
+            assert not blocks & others, "a block that is written has two owners"
         logits = np.zeros((len(token_ids_BT), VOCAB), np.float32)
         for row, tokens, start, table in zip(logits, token_ids_BT, starts_B, block_tables, strict=True):
             for position, token in enumerate(tokens, start):
@@ -64,9 +67,13 @@ def greedy(max_tokens: int, **more: object) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0, **more)  # type: ignore[arg-type]
 
 
-requests = st.lists(
-    st.tuples(st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=20), st.integers(1, 12)), min_size=1, max_size=8
+BEGINNING = [11, 7, 5, 3, 2, 1, 42, 99, 13, 17, 19, 23]
+prompts = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=20) | st.builds(
+    lambda shared, rest: BEGINNING[:shared] + rest,  # requests that begin alike share blocks
+    st.integers(0, len(BEGINNING)),
+    st.lists(st.integers(1, 2), min_size=1, max_size=8),
 )
+requests = st.lists(st.tuples(prompts, st.integers(1, 12)), min_size=1, max_size=8)
 
 
 @settings(max_examples=300, deadline=None)
@@ -106,6 +113,29 @@ def test_aborts_at_any_step_free_their_blocks_and_harm_nobody(
             tokens = [token for part in parts for token in part.token_ids]
             assert (tokens, parts[-1].finish_reason) == expected(*wanted[int(request_id)])
             assert all(part.finish_reason is None for part in parts[:-1])
+
+
+def test_requests_with_the_same_beginning_share_its_blocks() -> None:
+    prompt = list(range(1, 14))  # three full blocks of 4, and one token
+    engine = Engine(CONFIG, SumRunner(num_blocks=12), max_batch_size=4)
+    first = engine.generate([prompt], greedy(3))
+    assert engine.prefix_hit_rate == 0
+    again = engine.generate([prompt, [*prompt[:12], 50], prompt], greedy(3))
+    assert [again[0], again[2]] == [first[0], first[0]]
+    assert again[1].token_ids == expected([*prompt[:12], 50], 3)[0]
+    assert engine.prefix_hit_rate == 36 / 52
+    assert engine.num_free_blocks == 12
+
+
+def test_a_shared_beginning_is_held_once_while_requests_run() -> None:
+    prompt = list(range(1, 14))
+    engine = Engine(CONFIG, SumRunner(num_blocks=12), max_batch_size=4)
+    engine.generate([prompt], greedy(1))
+    for name in "abc":
+        engine.add(name, prompt, greedy(4))
+    for _ in range(3):
+        engine.step()
+    assert engine.num_free_blocks == 12 - 3 - 3  # three shared blocks, and one of each request's own
 
 
 def test_preemption_happens_and_is_counted() -> None:

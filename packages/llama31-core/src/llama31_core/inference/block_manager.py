@@ -1,8 +1,19 @@
-"""Who owns which block of the key-value cache: token counts in, block tables out. Pure bookkeeping, no tensors."""
+"""Who owns which block of the key-value cache: token ids in, block tables out. Pure bookkeeping, no tensors.
+
+A block that is full of computed tokens is known by a hash of these tokens and all before them. Requests that begin with
+the same tokens share such blocks; a block that nobody owns any longer keeps its content, and can be found by its hash,
+until it is needed for something else. What was used least recently goes first.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+
+_NO_PARENT = b""
 
 
 class BlockManager:
@@ -16,7 +27,10 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free: deque[int] = deque(range(num_blocks))
+        self._owners = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # least recently used first
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
@@ -32,10 +46,46 @@ class BlockManager:
         missing = self.blocks_for(num_tokens) - len(table)
         if missing > self.num_free:
             return False
-        table.extend(self._free.popleft() for _ in range(missing))
+        for _ in range(missing):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._owners[block] = 1
+            table.append(block)
         return True
 
+    def take_prefix(self, table: list[int], hashes: Sequence[bytes]) -> int:
+        """Put the longest run of known blocks with these hashes into the empty `table`; gives their number."""
+        for content in hashes:
+            block = self._block_of.get(content)
+            if block is None:
+                break
+            self._owners[block] += 1
+            self._free.pop(block, None)
+            table.append(block)
+        return len(table)
+
+    def register(self, block: int, content: bytes) -> None:
+        """Say what a block is now full of. If another block is known by that hash, that one stays the known one."""
+        if content not in self._block_of:
+            self._forget(block)
+            self._block_of[content] = block
+            self._hash_of[block] = content
+
     def release(self, table: list[int]) -> None:
-        """Take back every block of `table` and empty it."""
-        self._free.extend(table)
+        """Give up every block of `table` and empty it."""
+        for block in reversed(table):  # the beginning of a sequence is the likeliest to be asked for again
+            self._owners[block] -= 1
+            if self._owners[block] == 0:
+                self._free[block] = None
         table.clear()
+
+    def _forget(self, block: int) -> None:
+        content = self._hash_of[block]
+        if content is not None:
+            del self._block_of[content]
+            self._hash_of[block] = None
+
+
+def hash_block(parent: bytes | None, token_ids: Sequence[int]) -> bytes:
+    """The hash of a full block, given that of the block before it (None for the first)."""
+    return blake2b((parent or _NO_PARENT) + np.asarray(token_ids, np.int64).tobytes(), digest_size=16).digest()

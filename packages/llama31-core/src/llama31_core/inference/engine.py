@@ -118,6 +118,11 @@ class Engine:
         """How often a request gave its blocks back to be computed again later."""
         return self._scheduler.num_preemptions
 
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of the tokens to prefill that were found in the cache."""
+        return self._scheduler.num_prefix_hit_tokens / max(1, self._scheduler.num_prefill_tokens)
+
     def warm_up(self) -> None:
         """Compile and run once, so that the first request does not wait for it."""
         self.generate([[0]], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
@@ -176,7 +181,7 @@ class Engine:
         logits_BV = self._runner.forward(token_ids_BT, starts_B, [request.block_table for request in batch.requests])
         outputs = []
         for request, logits_V in zip(batch.requests, logits_BV, strict=True):
-            request.num_cached += batch.num_tokens
+            self._scheduler.computed(request, batch.num_tokens)
             if request.num_cached < request.num_tokens:
                 continue  # a chunk of a prompt: its logits predict a token that is known
             output = request.accept(request.sampler.draw(logits_V))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llama31_core.inference.block_manager import hash_block
 from llama31_core.inference.sampling import Sampler, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -31,7 +32,8 @@ class StepOutput:
 class Request:
     """A prompt and what has been generated for it.
 
-    `num_cached` counts the tokens whose keys and values are in the blocks of `block_table`.
+    `num_cached` counts the tokens whose keys and values are in the blocks of `block_table`; `block_hashes` are those of
+    its full blocks, as far as they have been worked out.
     """
 
     request_id: str
@@ -42,6 +44,7 @@ class Request:
     sampler: Sampler
     output_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
     num_cached: int = 0
 
     @property
@@ -49,11 +52,22 @@ class Request:
         """Tokens of prompt and completion so far."""
         return len(self.prompt_ids) + len(self.output_ids)
 
-    def uncached_ids(self, limit: int) -> list[int]:
-        """The next tokens to compute, at most `limit`; after a preemption they reach into the completion."""
-        start, end = self.num_cached, min(self.num_tokens, self.num_cached + limit)
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens `start` to `end` of prompt and completion."""
         split = len(self.prompt_ids)
         return self.prompt_ids[start:end] + self.output_ids[max(start - split, 0) : max(end - split, 0)]
+
+    def uncached_ids(self, limit: int) -> list[int]:
+        """The next tokens to compute, at most `limit`; after a preemption they reach into the completion."""
+        return self.token_ids(self.num_cached, min(self.num_tokens, self.num_cached + limit))
+
+    def hash_blocks(self, num_tokens: int, block_size: int) -> list[bytes]:
+        """The hashes of the blocks that the first `num_tokens` tokens fill."""
+        for index in range(len(self.block_hashes), num_tokens // block_size):
+            parent = self.block_hashes[-1] if self.block_hashes else None
+            tokens = self.token_ids(index * block_size, (index + 1) * block_size)
+            self.block_hashes.append(hash_block(parent, tokens))
+        return self.block_hashes[: num_tokens // block_size]
 
     def accept(self, token: int) -> StepOutput:
         """Take a sampled token: append it, or end the request."""

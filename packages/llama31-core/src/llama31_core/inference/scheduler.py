@@ -3,6 +3,7 @@
 A step decodes every running request by one token and prefills at most one chunk of one prompt, so a long prompt
 never holds up the others for more than a chunk. First come, first served. When blocks run out, the request that came
 last gives its blocks back and is computed again later (Kwon et al. 2023, section 4.5, recomputation).
+Blocks that are full and known (of the same beginning in another request, or of its own before a preemption) are shared.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
         self.num_preemptions = 0
+        self.num_prefill_tokens = 0
+        self.num_prefix_hit_tokens = 0
 
     def add(self, request: Request) -> None:
         """Queue a request that has been checked to fit into the cache on its own."""
@@ -50,6 +53,14 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         self.blocks.release(request.block_table)
+
+    def computed(self, request: Request, num_tokens: int) -> None:
+        """Note that the next `num_tokens` of a request are in the cache; blocks that they fill can be shared now."""
+        full_before = request.num_cached // self.blocks.block_size
+        request.num_cached += num_tokens
+        hashes = request.hash_blocks(request.num_cached, self.blocks.block_size)
+        for block, content in zip(request.block_table[full_before:], hashes[full_before:], strict=False):
+            self.blocks.register(block, content)
 
     def schedule(self) -> list[Batch]:
         """The batches of the next step, at most one decode and one prefill; empty if nothing is queued."""
@@ -67,9 +78,16 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.max_batch_size:
             return None
         request = self.waiting[0]
+        # The last token is computed in any case: its logits are what the request is after.
+        known = request.hash_blocks(request.num_tokens - 1, self.blocks.block_size)
+        num_hits = self.blocks.take_prefix(request.block_table, known) * self.blocks.block_size
         # One token more than it has, so that it does not lose its blocks again before its first new token.
         if not self.blocks.grow(request.block_table, request.num_tokens + 1):
+            self.blocks.release(request.block_table)
             return None
+        request.num_cached = num_hits
+        self.num_prefix_hit_tokens += num_hits
+        self.num_prefill_tokens += request.num_tokens
         self.running.append(self.waiting.popleft())
         return request
 
