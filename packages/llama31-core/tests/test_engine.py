@@ -12,7 +12,7 @@ from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError, RequestError
 from llama31_core.inference.engine import Engine
 from llama31_core.inference.request import StepOutput
-from llama31_core.inference.sampling import SamplingParams
+from llama31_core.inference.sampling_params import SamplingParams
 
 VOCAB = 101
 CONFIG = ModelConfig.build(

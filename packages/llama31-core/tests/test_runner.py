@@ -13,7 +13,7 @@ from llama31_core.checkpoint.names import spell
 from llama31_core.config import ModelConfig, RopeScaling
 from llama31_core.inference.engine import Engine
 from llama31_core.inference.runner import GraphRunner
-from llama31_core.inference.sampling import SamplingParams
+from llama31_core.inference.sampling_params import SamplingParams
 
 CONFIG = ModelConfig(
     vocab_size=320,

@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Any
 from llama31_core.config import ModelConfig, RopeScaling
 from llama31_core.inference.engine import Engine
 from llama31_core.inference.request import Completion, StepOutput
-from llama31_core.inference.sampling import SamplingParams
+from llama31_core.inference.sampling import TokenLogprobs
+from llama31_core.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from llama31_core.model import Llama
 
 __version__ = "0.1.0"
-__all__ = ["Completion", "Engine", "Llama", "ModelConfig", "RopeScaling", "SamplingParams", "StepOutput"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "Llama",
+    "ModelConfig",
+    "RopeScaling",
+    "SamplingParams",
+    "StepOutput",
+    "TokenLogprobs",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from llama31_core import __version__
 from llama31_core.errors import Llama31Error
 from llama31_core.inference.engine import Engine
-from llama31_core.inference.sampling import SamplingParams
+from llama31_core.inference.sampling_params import SamplingParams
 from llama31_core.run_config import load_run_config
 from llama31_tokenizer import ChatFormat, StreamDecoder, Tokenizer
 from llama31_tokenizer.errors import Llama31Error as TokenizerSideError

@@ -16,7 +16,8 @@ from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError, RequestError
 from llama31_core.inference.block_manager import BlockManager
 from llama31_core.inference.request import Completion, Request, StepOutput
-from llama31_core.inference.sampling import Sampler, SamplingParams
+from llama31_core.inference.sampling import Sampler
+from llama31_core.inference.sampling_params import SamplingParams
 from llama31_core.inference.scheduler import Batch, Scheduler
 
 
@@ -147,8 +148,10 @@ class Engine:
         while len(completions) < len(requests):
             for output in self.step():
                 if output.finish_reason is not None:
-                    tokens = requests[int(output.request_id.removeprefix("generate-"))].output_ids
-                    completions[output.request_id] = Completion(tokens, output.finish_reason)
+                    request = requests[int(output.request_id.removeprefix("generate-"))]
+                    logprobs = None if request.params.logprobs is None else request.output_logprobs
+                    completion = Completion(request.output_ids, output.finish_reason, logprobs)
+                    completions[output.request_id] = completion
         return [completions[request.request_id] for request in requests]
 
     def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
@@ -184,7 +187,7 @@ class Engine:
             self._scheduler.computed(request, batch.num_tokens)
             if request.num_cached < request.num_tokens:
                 continue  # a chunk of a prompt: its logits predict a token that is known
-            output = request.accept(request.sampler.draw(logits_V))
+            output = request.advance(logits_V)
             outputs.append(output)
             if output.finish_reason is not None:
                 self._scheduler.finish(self._requests.pop(request.request_id))
@@ -203,6 +206,11 @@ class Engine:
         outside = next((token for token in prompt if not 0 <= token < self.config.vocab_size), None)
         if outside is not None:
             raise RequestError(f"prompt id {outside} is outside the vocabulary (0 to {self.config.vocab_size - 1})")
+        for name, largest in params.named_ids().items():
+            if largest >= self.config.vocab_size:
+                raise RequestError(
+                    f"{name} has id {largest}, outside the vocabulary (0 to {self.config.vocab_size - 1})"
+                )
         room = self.max_seq_len - len(prompt)
         max_tokens = room if params.max_tokens is None else params.max_tokens
         if room < 1 or max_tokens > room:
@@ -213,4 +221,4 @@ class Engine:
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= frozenset(self.config.eos_token_ids)
-        return Request(request_id, prompt, params, max_tokens, stop_ids, Sampler(params))
+        return Request(request_id, prompt, params, max_tokens, stop_ids, Sampler(params, stop_ids))

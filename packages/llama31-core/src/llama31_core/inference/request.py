@@ -5,18 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from llama31_core.inference.block_manager import hash_block
-from llama31_core.inference.sampling import Sampler, SamplingParams
+from llama31_core.inference.sampling import Sampler, TokenLogprobs
+from llama31_core.inference.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens generated for one prompt (without the one that stopped it) and why they ended."""
+    """The tokens generated for one prompt (without the one that stopped it) and why they ended.
+
+    `logprobs` has an entry for every token if the request asked for them.
+    """
 
     token_ids: list[int]
     finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class StepOutput:
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(eq=False)
@@ -43,6 +52,7 @@ class Request:
     stop_ids: frozenset[int]
     sampler: Sampler
     output_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[TokenLogprobs] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_cached: int = 0
@@ -69,10 +79,15 @@ class Request:
             self.block_hashes.append(hash_block(parent, tokens))
         return self.block_hashes[: num_tokens // block_size]
 
-    def accept(self, token: int) -> StepOutput:
-        """Take a sampled token: append it, or end the request."""
+    def advance(self, logits_V: npt.NDArray[np.float32]) -> StepOutput:
+        """Draw the next token and append it, or end the request."""
+        token = self.sampler.draw(logits_V, self.prompt_ids, self.output_ids)
         if token in self.stop_ids:
             return StepOutput(self.request_id, [], "stop")
         self.output_ids.append(token)
         reason: FinishReason | None = "length" if len(self.output_ids) >= self.max_tokens else None
-        return StepOutput(self.request_id, [token], reason)
+        logprobs = self.sampler.logprobs(logits_V, token)
+        if logprobs is None:
+            return StepOutput(self.request_id, [token], reason)
+        self.output_logprobs.append(logprobs)
+        return StepOutput(self.request_id, [token], reason, [logprobs])
