@@ -191,6 +191,26 @@ def test_a_request_that_cannot_run_is_refused_before_any_starts(
     assert engine.num_free_blocks == 8
 
 
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"logit_bias": {VOCAB: 1.0}}, "logit_bias"), ({"stop_token_ids": (VOCAB,)}, "stop_token_ids")],
+)
+def test_parameters_naming_ids_outside_the_vocabulary_are_refused(change: dict[str, object], name: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} has id 101, outside the vocabulary"):
+        Engine(CONFIG, SumRunner()).generate([[1]], greedy(1, **change))
+
+
+def test_min_tokens_holds_back_the_end_and_logprobs_cover_every_token() -> None:
+    prompt = next([a, b] for a in range(1, VOCAB) for b in range(1, VOCAB) if (a + 2 * b) % VOCAB == 0)
+    [completion] = Engine(CONFIG, SumRunner()).generate([prompt], greedy(3, min_tokens=2, logprobs=1))
+    assert len(completion.token_ids) >= 2
+    assert completion.logprobs is not None
+    assert [report.token_id for report in completion.logprobs] == completion.token_ids
+    # The first token is not what the model says (that would be the end), the others are.
+    assert completion.logprobs[0].top[0][0] == 0
+    assert all(report.top[0][0] == report.token_id for report in completion.logprobs[1:])
+
+
 def test_max_tokens_none_fills_the_context() -> None:
     [completion] = Engine(CONFIG, SumRunner()).generate(
         [[1] * 10], SamplingParams(None, temperature=0, ignore_eos=True)

@@ -208,9 +208,8 @@ class Engine:
             raise RequestError(f"prompt id {outside} is outside the vocabulary (0 to {self.config.vocab_size - 1})")
         for name, largest in params.named_ids().items():
             if largest >= self.config.vocab_size:
-                raise RequestError(
-                    f"{name} has id {largest}, outside the vocabulary (0 to {self.config.vocab_size - 1})"
-                )
+                last = self.config.vocab_size - 1
+                raise RequestError(f"{name} has id {largest}, outside the vocabulary (0 to {last})")
         room = self.max_seq_len - len(prompt)
         max_tokens = room if params.max_tokens is None else params.max_tokens
         if room < 1 or max_tokens > room:
