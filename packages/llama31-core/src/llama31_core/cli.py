@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from llama31_core import __version__
 from llama31_core.errors import Llama31Error
@@ -95,11 +96,19 @@ def finetune(arguments: argparse.Namespace) -> int:
     """Print a line a step, and where the trained model is."""
     run = load_run_config(arguments.config, arguments.overrides)
     # MindSpore takes seconds to import: after the file is known to be good.
-    from llama31_core.training.trainer import Trainer
+    from llama31_core.training.trainer import StepReport, Trainer
 
     trainer = Trainer(run, str(arguments.config))
     size = trainer.config.num_parameters
     print(f"{size:,} parameters, {trainer.num_steps} steps; the first one compiles", flush=True)
-    model_dir = trainer.train(lambda report: print(report, flush=True))
+    losses: list[float] = []
+
+    def report(step: StepReport) -> None:
+        losses.append(step.loss)
+        print(step, flush=True)
+
+    model_dir = trainer.train(report)
+    few = max(1, len(losses) // 4)
+    print(f"mean loss: {mean(losses[:few]):.4f} in the first {few} steps, {mean(losses[-few:]):.4f} in the last {few}")
     print(f"saved {model_dir}")
     return 0
