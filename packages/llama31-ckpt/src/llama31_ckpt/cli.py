@@ -16,6 +16,7 @@ from llama31_ckpt.lora import MergedWeights, read_adapter
 from llama31_ckpt.lora_extract import extract_lora
 from llama31_ckpt.progress import item_bar
 from llama31_ckpt.report_commands import add_diff, add_inspect, add_verify
+from llama31_ckpt.shard_commands import add_merge, add_reshard, add_shard, add_strategy
 from llama31_ckpt.sources import open_source
 from llama31_core.checkpoint.staging import check_destination
 from llama31_core.errors import Llama31Error
@@ -27,6 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_convert(commands.add_parser("convert", help="convert a checkpoint", allow_abbrev=False))
+    add_shard(commands.add_parser("shard", help="spread a checkpoint over ranks", allow_abbrev=False))
+    add_merge(commands.add_parser("merge", help="join the ranks of a checkpoint", allow_abbrev=False))
+    add_reshard(commands.add_parser("reshard", help="from one layout to another", allow_abbrev=False))
+    add_strategy(commands.add_parser("strategy", help="write MindSpore's strategy files", allow_abbrev=False))
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds", allow_abbrev=False))
     add_verify(commands.add_parser("verify", help="check hashes, shapes and values", allow_abbrev=False))
     add_diff(commands.add_parser("diff", help="compare two checkpoints of any formats", allow_abbrev=False))

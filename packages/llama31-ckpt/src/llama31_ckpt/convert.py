@@ -49,6 +49,7 @@ class Options:
         max_shard_bytes: the size at which a directory starts another file.
         overwrite: replace an existing destination.
         resume: keep finished shards of a conversion that fails, and continue after those of an earlier try.
+        states: write optimiser and loop state too, each in its own dtype.
     """
 
     dtype: str | None = None
@@ -57,6 +58,7 @@ class Options:
     max_shard_bytes: int | None = None
     overwrite: bool = False
     resume: bool = False
+    states: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ def convert(source: Source, destination: Path, options: Options = Options()) -> 
     _check_options(destination, options, to_file)
     check_apart(source.path, destination)
     check_destination(destination, overwrite=options.overwrite)
-    plan = plan_tensors(source, dtype=options.dtype, naming=options.naming, qkv_concat=options.qkv_concat)
+    plan = plan_tensors(
+        source, dtype=options.dtype, naming=options.naming, qkv_concat=options.qkv_concat, states=options.states
+    )
     check_room(destination, plan.size_bytes)
     with byte_bar(plan.size_bytes, "convert") as bar:
         if to_file:
@@ -127,7 +131,7 @@ def _convert_to_file(
         dtype=plan.main_dtype,
         source=source.describe(),
         tool=TOOL,
-        config=_config_of(source, plan),
+        config=_config_of(source, plan.main_dtype),
     )
 
 
@@ -150,7 +154,7 @@ def _convert_to_directory(
         record.remove()
         index = write_index(part, shards)
         files += [] if index is None else [index]
-        files += _write_sidecars(source, plan, part)
+        files += write_sidecars(source, plan.main_dtype, part)
         write_manifest(part, files, dtype=plan.main_dtype, source=source.describe(), tool=TOOL)
 
 
@@ -171,14 +175,14 @@ def check_room(destination: Path, size_bytes: int) -> None:
         )
 
 
-def _config_of(source: Source, plan: Plan) -> dict[str, Any]:
+def _config_of(source: Source, dtype: str) -> dict[str, Any]:
     """The content of config.json for the output."""
-    return {**source.config.to_hf(), "torch_dtype": plan.main_dtype}
+    return {**source.config.to_hf(), "torch_dtype": dtype}
 
 
-def _write_sidecars(source: Source, plan: Plan, directory: Path) -> list[WrittenFile]:
+def write_sidecars(source: Source, dtype: str, directory: Path) -> list[WrittenFile]:
     """Write config and tokenizer files beside the weights."""
-    texts = {"config.json": json.dumps(_config_of(source, plan), indent=2) + "\n", **source.build_texts()}
+    texts = {"config.json": json.dumps(_config_of(source, dtype), indent=2) + "\n", **source.build_texts()}
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
     for path in source.sidecars:

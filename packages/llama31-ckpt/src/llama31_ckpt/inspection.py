@@ -8,6 +8,7 @@ from typing import Any
 
 from llama31_ckpt.sources import Source
 from llama31_core.checkpoint.dtypes import BY_NAME
+from llama31_core.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from llama31_core.checkpoint.names import EMBEDDING, LM_HEAD, split_layer
 from llama31_core.checkpoint.reader import Weights, WeightsReader
 from llama31_core.errors import CheckpointError
@@ -37,6 +38,7 @@ class Inspection:
     dtypes: dict[str, int]
     ignored: tuple[str, ...]
     config: dict[str, Any] | None
+    layout: dict[str, Any] | None
     tensors: tuple[TensorReport, ...]
 
 
@@ -44,6 +46,8 @@ def inspect_source(source: Source) -> Inspection:
     """Describe a checkpoint from its headers alone; no tensor data is read."""
     weights = source.weights
     tensors = tuple(_describe(weights, name) for name in weights.names())
+    manifest = source.path / MANIFEST_NAME
+    layout = read_manifest(manifest).get("layout") if source.format == "ranks" and manifest.is_file() else None
     dtypes: dict[str, int] = {}
     for tensor in tensors:
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
@@ -56,6 +60,7 @@ def inspect_source(source: Source) -> Inspection:
         dtypes=dtypes,
         ignored=source.ignored,
         config=None if source.found_config is None else source.found_config.to_hf(),
+        layout=layout,
         tensors=tensors,
     )
 

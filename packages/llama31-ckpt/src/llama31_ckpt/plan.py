@@ -8,8 +8,17 @@ import numpy as np
 
 from llama31_ckpt.reading import read_rows
 from llama31_ckpt.sources import Source
-from llama31_core.checkpoint.dtypes import Array, dtype_of
-from llama31_core.checkpoint.names import EMBEDDING, FUSED, LM_HEAD, Scheme, fill_layer, spell
+from llama31_core.checkpoint.dtypes import BY_NAME, Array, dtype_of
+from llama31_core.checkpoint.names import (
+    EMBEDDING,
+    FUSED,
+    LM_HEAD,
+    Scheme,
+    fill_layer,
+    is_training_state,
+    order_key,
+    spell,
+)
 from llama31_core.checkpoint.reader import Weights
 from llama31_core.checkpoint.shapes import parameter_shapes, report_differences
 from llama31_core.checkpoint.writer import TensorSpec
@@ -44,7 +53,12 @@ class Plan:
 
 
 def plan_tensors(
-    source: Source, *, dtype: str | None = None, naming: Scheme = "mindformers", qkv_concat: bool = False
+    source: Source,
+    *,
+    dtype: str | None = None,
+    naming: Scheme = "mindformers",
+    qkv_concat: bool = False,
+    states: bool = False,
 ) -> Plan:
     """Plan the output.
 
@@ -53,12 +67,13 @@ def plan_tensors(
         dtype: `fp32`, `bf16` or `fp16`; None keeps the dtype of each tensor.
         naming: whose names to write.
         qkv_concat: stack wq, wk, wv and w1, w3 as MindFormers' `qkv_concat` does.
+        states: take optimiser and loop state along, each in its own dtype.
 
     Raises:
         CheckpointError: the source has not just the tensors of its config, or they cannot be stacked.
     """
     weights, expected = source.weights, parameter_shapes(source.config)
-    notes = _check_tensors(source)
+    notes = _check_tensors(source, states)
     dtypes = {name: dtype_of(dtype if dtype is not None else weights.dtype(name)) for name in expected}
     fused_of = {} if not qkv_concat else _fused_tensors(source.config.n_layers)
     specs: list[TensorSpec] = []
@@ -73,6 +88,9 @@ def plan_tensors(
         rows = sum(expected[member][0] for member in members)
         specs.append(TensorSpec(output, (rows, *shape[1:]), dtypes[name]))
         parts[output] = members
+    for name in sorted(source.states, key=order_key) if states else ():
+        specs.append(TensorSpec(name, weights.shape(name), BY_NAME[weights.dtype(name)]))
+        parts[name] = (name,)
     return Plan(tuple(specs), parts, notes)
 
 
@@ -86,13 +104,14 @@ def _fused_tensors(n_layers: int) -> dict[str, tuple[str, tuple[str, ...]]]:
     return result
 
 
-def _check_tensors(source: Source) -> tuple[str, ...]:
+def _check_tensors(source: Source, states: bool) -> tuple[str, ...]:
     weights, expected = source.weights, parameter_shapes(source.config)
     found = {name: weights.shape(name) for name in weights.names()}
     notes = []
-    if source.ignored:
-        more = "" if len(source.ignored) == 1 else ", …"
-        notes.append(f"{len(source.ignored)} entries that are no weights were left out ({source.ignored[0]}{more})")
+    ignored = [name for name in source.ignored if not (states and is_training_state(name))]
+    if ignored:
+        more = "" if len(ignored) == 1 else ", …"
+        notes.append(f"{len(ignored)} entries that are no weights were left out ({ignored[0]}{more})")
     if LM_HEAD in found and LM_HEAD not in expected and found[LM_HEAD] == found.get(EMBEDDING):
         _check_tied_head(weights)
         del found[LM_HEAD]

@@ -32,7 +32,7 @@ def chunk_source(
         parts: the tensors whose rows make up each spec.
         on_bytes: told the size of each chunk when it has been taken.
     """
-    chunks = _read_ahead(chunk for spec in specs for part in parts[spec.name] for chunk in read_rows(weights, part))
+    chunks = read_ahead(chunk for spec in specs for part in parts[spec.name] for chunk in read_rows(weights, part))
 
     def chunks_of(spec: TensorSpec) -> Iterator[Array]:
         left = math.prod(spec.shape)
@@ -45,7 +45,7 @@ def chunk_source(
     return chunks_of
 
 
-def _read_ahead(chunks: Iterator[Array]) -> Iterator[Array]:
+def read_ahead(chunks: Iterator[Array]) -> Iterator[Array]:
     """Yield `chunks`; while the caller works on one, the next is read. An error surfaces where its chunk would be."""
     with ThreadPoolExecutor(1) as reader:
         pending = reader.submit(next, chunks, None)

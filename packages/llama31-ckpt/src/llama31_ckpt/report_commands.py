@@ -58,6 +58,8 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
         print(f"  {dtype}: {count:,} elements")
     if report.ignored:
         print(f"  {len(report.ignored)} entries are no weights, for instance {report.ignored[0]}")
+    if report.layout is not None:
+        print("layout: " + json.dumps(report.layout))
     print("config: " + ("none beside the weights" if report.config is None else json.dumps(report.config)))
     if arguments.tensors:
         rows = [(t.name, str(list(t.shape)), t.dtype, f"{t.size_bytes:,}", t.stored_name) for t in report.tensors]

@@ -16,6 +16,7 @@ from llama31_ckpt.gguf_format.header import MAGIC, read_header
 from llama31_ckpt.gguf_format.tokenizer import build_tokenizer_files, unsupported_vocabulary
 from llama31_ckpt.gguf_format.weights import GgufWeights
 from llama31_ckpt.meta_format import is_meta_directory, open_meta
+from llama31_ckpt.shard_source import is_sharded, open_shards
 from llama31_ckpt.torch_format import Joined, TorchWeights, load_tensors
 from llama31_core.checkpoint import Weights, canonical_name, open_weights
 from llama31_core.checkpoint.files import find_weights, read_index
@@ -24,6 +25,7 @@ from llama31_core.checkpoint.names import is_ignorable
 from llama31_core.checkpoint.stored import OpenFile
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError
+from llama31_core.parallel.layout import Layout
 
 # Files of a model directory that describe its tokenizer and its ways of generating, copied as they are.
 SIDECAR_NAMES = (
@@ -50,10 +52,11 @@ class Source:
 
     Attributes:
         path: as the user named it.
-        format: `gguf`, `safetensors`, `ckpt`, `meta` or `torch`, for the manifest.
+        format: `gguf`, `safetensors`, `ckpt`, `meta`, `torch` or `ranks`, for the manifest.
         weights: its tensors under canonical names.
         found_config: its architecture, None if nothing beside the weights tells it.
         ignored: entries that are no weights.
+        states: those of them that `weights` can read: optimiser and loop state.
         sidecars: files to copy into a model directory.
         build_texts: makes the files to write into a model directory, name -> content.
         notes: what the user should know of what was not converted.
@@ -65,6 +68,7 @@ class Source:
     found_config: ModelConfig | None
     close: Callable[[], None] = _nothing_to_close
     ignored: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
     sidecars: tuple[Path, ...] = ()
     build_texts: Callable[[], Mapping[str, str]] = dict
     notes: tuple[str, ...] = ()
@@ -85,12 +89,13 @@ class Source:
         return {"format": self.format, "name": self.path.absolute().name}
 
 
-def open_source(path: Path, *, config_path: Path | None = None) -> Source:
+def open_source(path: Path, *, config_path: Path | None = None, layout: Layout | None = None) -> Source:
     """Open whatever checkpoint is at `path`.
 
     Args:
         path: a directory or a weights file.
         config_path: a `config.json` or a directory with one, where the checkpoint has none beside it.
+        layout: of a checkpoint over ranks that has no manifests of ours.
 
     Raises:
         CheckpointError: nothing there, damaged, or an unknown format.
@@ -98,6 +103,8 @@ def open_source(path: Path, *, config_path: Path | None = None) -> Source:
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if is_sharded(path):
+        return _open_ranks(path, config_path, layout)
     if is_meta_directory(path):
         return _open_meta(path)
     gguf_path = _find_gguf(path)
@@ -177,7 +184,17 @@ def _open_model_directory(path: Path, config_path: Path | None) -> Source:
     config = _read_config(weights_path, config_path)
     reader = open_weights(path)
     kind = "ckpt" if weights_path.suffix == ".ckpt" else "safetensors"
-    return Source(path, kind, reader, config, reader.close, reader.ignored, _find_sidecars(directory, config_path))
+    sidecars = _find_sidecars(directory, config_path)
+    return Source(path, kind, reader, config, reader.close, reader.ignored, reader.states, sidecars)
+
+
+def _open_ranks(path: Path, config_path: Path | None, layout: Layout | None) -> Source:
+    weights = open_shards(path, layout)
+    config = None
+    if config_path is not None or (path / "config.json").is_file():
+        config = ModelConfig.from_pretrained(_directory_of(config_path or path))
+    sidecars = _find_sidecars(path, config_path)
+    return Source(path, "ranks", weights, config, weights.close, weights.states, weights.states, sidecars)
 
 
 def _read_config(weights_path: Path, config_path: Path | None) -> ModelConfig | None:

@@ -12,9 +12,10 @@ from llama31_ckpt.sources import Source
 from llama31_core.checkpoint.ckpt_format import check_crc
 from llama31_core.checkpoint.dtypes import Array
 from llama31_core.checkpoint.files import find_weights
-from llama31_core.checkpoint.manifest import manifest_beside, manifest_problems
+from llama31_core.checkpoint.manifest import MANIFEST_NAME, manifest_beside, manifest_problems
 from llama31_core.checkpoint.reader import Weights
 from llama31_core.checkpoint.shapes import check_weights
+from llama31_core.checkpoint.sharded import rank_directories
 from llama31_core.checkpoint.stored import OpenFile
 from llama31_core.errors import CheckpointError
 
@@ -37,6 +38,9 @@ def verify_source(source: Source, on_bytes: Callable[[int], object]) -> tuple[li
         problems += manifest_problems(manifest)
     else:
         unchecked.append("no manifest: the sha256 of the files was not checked")
+    for rank, directory in rank_directories(source.path).items():
+        if (directory / MANIFEST_NAME).is_file():
+            problems += [f"rank_{rank}: {line}" for line in manifest_problems(directory / MANIFEST_NAME)]
     if source.format == "ckpt":
         problems += _crc_problems(find_weights(source.path))
     if source.found_config is None:

@@ -5,6 +5,7 @@ from llama31_core.checkpoint.manifest import MANIFEST_NAME, describe_file, read_
 from llama31_core.checkpoint.names import NAME_TABLE, canonical_name, rotary_heads, spell
 from llama31_core.checkpoint.reader import Weights, WeightsReader, open_weights
 from llama31_core.checkpoint.shapes import check_weights, parameter_shapes
+from llama31_core.checkpoint.sharded import ShardedWeights, open_for_rank, open_sharded, read_rank
 from llama31_core.checkpoint.staging import staged_directory, staged_file
 from llama31_core.checkpoint.writer import WrittenFile, save_weights
 
@@ -12,6 +13,7 @@ __all__ = [
     "MANIFEST_NAME",
     "NAME_TABLE",
     "DType",
+    "ShardedWeights",
     "Weights",
     "WeightsReader",
     "WrittenFile",
@@ -20,9 +22,12 @@ __all__ = [
     "check_weights",
     "describe_file",
     "dtype_of",
+    "open_for_rank",
+    "open_sharded",
     "open_weights",
     "parameter_shapes",
     "read_manifest",
+    "read_rank",
     "rotary_heads",
     "save_weights",
     "spell",

@@ -39,6 +39,7 @@ def write_manifest(
     source: Mapping[str, Any],
     tool: str,
     config: Mapping[str, Any] | None = None,
+    layout: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the manifest of a finished checkpoint.
 
@@ -49,6 +50,7 @@ def write_manifest(
         source: where the weights came from, for instance `{"format": "gguf", "name": …, "sha256": …}`.
         tool: name and version of the program that wrote it.
         config: the content of a config.json, for a checkpoint that is one file and has none beside it.
+        layout: which parts of a checkpoint over several ranks lie here (see `sharded`).
     """
     content = {
         "format_version": _FORMAT_VERSION,
@@ -59,6 +61,8 @@ def write_manifest(
     }
     if config is not None:
         content["config"] = dict(config)
+    if layout is not None:
+        content["layout"] = dict(layout)
     path = target / MANIFEST_NAME if target.is_dir() else target
     with staged_file(path, overwrite=True) as part:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

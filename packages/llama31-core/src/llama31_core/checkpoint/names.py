@@ -70,6 +70,9 @@ FUSED = {
     "model.layers.{n}.feed_forward.w_gate_hidden.weight": ("feed_forward.w1", "feed_forward.w3"),
 }
 
+# Adam's moments of a parameter, as our optimiser and as MindFormers' calls them; they are split like the parameter.
+MOMENT_PREFIXES = ("adam_mean.", "adam_variance.", "adam_m.", "adam_v.")
+
 _BY_SCHEME: dict[Scheme, dict[str, NameRow]] = {
     scheme: {getattr(row, scheme): row for row in NAME_TABLE} for scheme in SCHEMES
 }
@@ -77,7 +80,7 @@ _LAYER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.)")
 # Recomputed from the config by every implementation.
 _DERIVED = re.compile(r"(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|rope\.freqs|rope_freqs\.weight")
 _TRAINING_STATE = re.compile(
-    r"(adam_[mv]|moments|moment[12]|accu_grads|learning_rate|weight_decay)(\..*)?"
+    r"(adam_mean|adam_variance|adam_[mv]|moments|moment[12]|accu_grads|learning_rate|weight_decay)(\..*)?"
     r"|global_step|current_iterator_step|last_overflow_iterator_step|scale_sense|loss_scale|epoch_num|step_num"
     r"|beta[12]_power|clip_grad_norm|data_parallel|model_parallel"
 )
@@ -126,6 +129,30 @@ def rotary_heads(canonical: str) -> Heads | None:
     return None if found is None else found[0].rotary_heads
 
 
+def split_moment(name: str) -> tuple[str, str]:
+    """`adam_mean.` (or another of `MOMENT_PREFIXES`) and the parameter whose moment it is; "" and `name` for others."""
+    prefix = next((prefix for prefix in MOMENT_PREFIXES if name.startswith(prefix)), "")
+    return prefix, name.removeprefix(prefix)
+
+
+def is_training_state(name: str) -> bool:
+    """Whether an entry is optimiser or loop state of a training run."""
+    return bool(_TRAINING_STATE.fullmatch(name))
+
+
+def order_key(name: str) -> tuple[int, int, int, str]:
+    """Sorts entries: weights in the order of `parameter_shapes`, each kind of moment in the same, then the rest."""
+    prefix, parameter = split_moment(name)
+    kind = 1 + MOMENT_PREFIXES.index(prefix) if prefix else 0
+    found = find_row(parameter, "mindformers")
+    if found is None:
+        return len(MOMENT_PREFIXES) + 1, 0, 0, name
+    row, layer = NAME_TABLE.index(found[0]), found[1]
+    # The embedding comes first, then the layers one after the other, then what follows them.
+    place = layer if layer is not None else (-1 if row == 0 else 1 << 30)
+    return kind, place, row, name
+
+
 def is_ignorable(name: str) -> bool:
     """Whether a checkpoint's entry is no weight: a rotary cache, or optimiser and loop state of a training run."""
-    return bool(_DERIVED.fullmatch(name) or _TRAINING_STATE.fullmatch(name))
+    return bool(_DERIVED.fullmatch(name)) or is_training_state(name)

@@ -16,7 +16,15 @@ from typing import Protocol
 
 from llama31_core.checkpoint.dtypes import Array
 from llama31_core.checkpoint.files import open_tensor_files
-from llama31_core.checkpoint.names import FUSED, canonical_name, fill_layer, is_ignorable, split_layer
+from llama31_core.checkpoint.names import (
+    FUSED,
+    canonical_name,
+    fill_layer,
+    is_ignorable,
+    is_training_state,
+    split_layer,
+    split_moment,
+)
 from llama31_core.checkpoint.stored import TensorFiles
 from llama31_core.errors import CheckpointError
 
@@ -52,17 +60,22 @@ class WeightsReader:
 
     Attributes:
         source: the file or directory that was opened.
-        ignored: entries that are no weights (rotary caches, optimiser state), by their name in the file.
+        ignored: entries that are no weights (rotary caches, training state), by their name in the file.
+        states: optimiser and loop state, readable like weights; moments under the canonical name of their parameter.
     """
 
     def __init__(self, files: TensorFiles) -> None:
         self.source = files.source
         self._files = files
         self._pieces: dict[str, _Piece] = {}
+        self._states: dict[str, _Piece] = {}
         ignored = []
         for name in files.tensors:
             if is_ignorable(name):
                 ignored.append(name)
+                if is_training_state(name):
+                    prefix, parameter = split_moment(name)
+                    self._states[prefix + _canonical(parameter)] = _Piece(name)
             else:
                 for canonical, piece in self._pieces_of(name):
                     if canonical in self._pieces:
@@ -70,6 +83,7 @@ class WeightsReader:
                         raise CheckpointError(f"{self.source}: {name!r} and {other!r} are both {canonical!r}")
                     self._pieces[canonical] = piece
         self.ignored = tuple(ignored)
+        self.states = tuple(self._states)
         if not self._pieces:
             raise CheckpointError(f"{self.source} holds no weights")
         if ignored:
@@ -78,8 +92,7 @@ class WeightsReader:
     def _pieces_of(self, stored: str) -> list[tuple[str, _Piece]]:
         template, layer = split_layer(stored)
         if template not in FUSED:
-            canonical = canonical_name(stored, "mindformers") or canonical_name(stored, "hf") or stored
-            return [(canonical, _Piece(stored))]
+            return [(_canonical(stored), _Piece(stored))]
         names = [fill_layer(f"model.layers.{{n}}.{part}.weight", layer) for part in FUSED[template]]
         pieces, start = [], 0
         for name, count in zip(names, self._fused_rows(stored, layer, len(names)), strict=True):
@@ -138,9 +151,10 @@ class WeightsReader:
         return self._files.bytes_read
 
     def _piece(self, name: str) -> _Piece:
-        if name not in self._pieces:
+        piece = self._pieces.get(name) or self._states.get(name)
+        if piece is None:
             raise CheckpointError(f"{self.source} has no tensor {name!r}")
-        return self._pieces[name]
+        return piece
 
     def close(self) -> None:
         self._files.close()
@@ -152,6 +166,10 @@ class WeightsReader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _canonical(stored: str) -> str:
+    return canonical_name(stored, "mindformers") or canonical_name(stored, "hf") or stored
 
 
 def open_weights(path: str | Path) -> WeightsReader:

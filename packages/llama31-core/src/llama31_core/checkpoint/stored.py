@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -96,6 +97,7 @@ class TensorFiles:
         self.source = source
         self.tensors = tensors
         self.bytes_read = 0
+        self._lock = Lock()
         self._files = {file.path: file for file in files}
 
     def read_slice(self, name: str, index: Sequence[slice]) -> Array:
@@ -114,7 +116,8 @@ class TensorFiles:
             for start, size in _byte_runs(tensor.shape, bounds, tensor.dtype.size_bytes):
                 self._read_run(tensor, start, view[done : done + size])
                 done += size
-            self.bytes_read += done
+            with self._lock:
+                self.bytes_read += done
         return result
 
     def _read_run(self, tensor: StoredTensor, start: int, view: memoryview) -> None:

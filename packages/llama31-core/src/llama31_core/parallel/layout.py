@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
 
-from llama31_core.checkpoint.names import split_layer
+from llama31_core.checkpoint.names import is_training_state, split_layer, split_moment
 from llama31_core.checkpoint.shapes import parameter_shapes
 from llama31_core.config import ModelConfig
+from llama31_core.errors import ConfigError
 from llama31_core.parallel.mesh import AXES, Coordinates, ParallelConfig
 
 # What splits each axis of a parameter:
@@ -76,6 +79,74 @@ def plan_shards(config: ModelConfig, parallel: ParallelConfig, rank: int) -> dic
         for name, shape in shapes.items()
         if at.pp in stages_of(name, config, parallel)
     }
+
+
+class Layout(Protocol):
+    """Who holds what of a checkpoint's tensors, optimiser and loop state included."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    def place(self, name: str, full_shape: tuple[int, ...], rank: int) -> Slices | None:
+        """The rank's part of a tensor; None if it has none of it."""
+
+    def full_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tensor of which a rank's part has `shape`."""
+
+    def mesh(self) -> dict[str, Any] | None:
+        """The mesh for the manifest, where it is known by its axes."""
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """The layout that the table gives a model on a mesh."""
+
+    config: ModelConfig
+    parallel: ParallelConfig
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel.world_size
+
+    def place(self, name: str, full_shape: tuple[int, ...], rank: int) -> Slices | None:
+        """As `plan_shards` says for parameters and their moments; loop state (`global_step`) is whole on every rank.
+
+        Raises:
+            ConfigError: the model does not divide over the mesh, or has no such parameter.
+        """
+        prefix, parameter = split_moment(name)
+        if not prefix and is_training_state(name):
+            return whole(full_shape)
+        self._parameter_shape(name, parameter)
+        shard = _cached_shards(self.config, self.parallel, rank).get(parameter)
+        if shard is None:
+            return None
+        if shard.full_shape != full_shape:
+            raise ConfigError(f"{name} has shape {full_shape}, its config says {shard.full_shape}")
+        return shard.optimizer_slices if prefix else shard.slices
+
+    def full_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        prefix, parameter = split_moment(name)
+        return shape if not prefix and is_training_state(name) else self._parameter_shape(name, parameter)
+
+    def _parameter_shape(self, name: str, parameter: str) -> tuple[int, ...]:
+        shapes = parameter_shapes(self.config)
+        if parameter not in shapes:
+            raise ConfigError(f"the layout table has no row for {name}; a model of this config has no such tensor")
+        return shapes[parameter]
+
+    def mesh(self) -> dict[str, Any]:
+        return self.parallel.model_dump(mode="json")
+
+
+def whole(shape: tuple[int, ...]) -> Slices:
+    """All of a tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+@lru_cache(maxsize=64)
+def _cached_shards(config: ModelConfig, parallel: ParallelConfig, rank: int) -> dict[str, ParameterShard]:
+    return plan_shards(config, parallel, rank)
 
 
 def stages_of(name: str, config: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
