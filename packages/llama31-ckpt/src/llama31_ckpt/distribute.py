@@ -17,6 +17,7 @@ from pathlib import Path
 from llama31_ckpt.convert import TOOL, Summary, check_apart, check_room, write_sidecars
 from llama31_ckpt.progress import byte_bar
 from llama31_ckpt.reading import read_ahead
+from llama31_ckpt.resume import file_stats
 from llama31_ckpt.sources import Source
 from llama31_core.checkpoint.dtypes import BY_NAME, Array
 from llama31_core.checkpoint.manifest import write_manifest
@@ -138,7 +139,7 @@ def distribute_rank(
     with byte_bar(plan.size_bytes, "shard") as bar, staged_directory(directory, overwrite=options.overwrite) as part:
         file = write_rank(source.weights, plan, part, options, bar.update)
         # No rank knows the bytes of the others here: what they have in common is the source.
-        checkpoint = hashlib.sha256(repr((source.describe(), layout.mesh())).encode()).hexdigest()
+        checkpoint = hashlib.sha256(repr((file_stats(source.path), layout)).encode()).hexdigest()
         own = RankLayout(rank, layout.world_size, checkpoint, layout.mesh(), plan.parts)
         write_manifest(part, [file], dtype=dtype, source=source.describe(), tool=TOOL, layout=own.to_manifest())
     seconds = time.monotonic() - started

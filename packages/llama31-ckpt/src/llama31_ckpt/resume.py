@@ -69,10 +69,14 @@ class ShardRecord:
 
 def _fingerprint(source: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> str:
     """Changes with the source's files (name, size, time) and with anything the shards would hold."""
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     tensors = {
         name: [(spec.name, spec.shape, spec.dtype.name, i) for i, spec in enumerate(specs)]
         for name, specs in shards.items()
     }
-    return hashlib.sha256(json.dumps([stats, tensors]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([file_stats(source), tensors]).encode()).hexdigest()
+
+
+def file_stats(source: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of every file of a source, which tell whether it is still the same."""
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    return [(str(path.relative_to(source.parent)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -139,6 +139,24 @@ class TableLayout:
         return self.parallel.model_dump(mode="json")
 
 
+@dataclass(frozen=True)
+class WholeLayout:
+    """One rank that holds everything (a `Layout`)."""
+
+    @property
+    def world_size(self) -> int:
+        return 1
+
+    def place(self, name: str, full_shape: tuple[int, ...], rank: int) -> Slices:
+        return whole(full_shape)
+
+    def full_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def mesh(self) -> None:
+        return None
+
+
 def whole(shape: tuple[int, ...]) -> Slices:
     """All of a tensor."""
     return tuple(slice(0, size) for size in shape)
