@@ -23,10 +23,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from llama31_core.checkpoint import open_weights, parameter_shapes, spell
+from llama31_core.checkpoint import open_for_rank, parameter_shapes, spell
 from llama31_core.checkpoint.dtypes import Array, dtype_of
 from llama31_core.checkpoint.writer import TensorSpec, row_chunks, write_safetensors
-from llama31_core.config import PRESETS, ModelConfig
+from llama31_core.config import ModelConfig
+from llama31_core.parallel import ParallelConfig, plan_shards
+from llama31_core.presets import PRESETS
 
 _REPORT = "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
 _CONVERT = f"import sys; from llama31_ckpt.cli import main; assert main(sys.argv[1:]) == 0; {_REPORT}"
@@ -39,16 +41,6 @@ mindspore.save_checkpoint(renamed, sys.argv[2])
 os.fsync(os.open(sys.argv[2], os.O_RDONLY))
 {_REPORT}
 """
-COLUMN_PARALLEL = (
-    ".wq.weight",
-    ".wk.weight",
-    ".wv.weight",
-    ".w1.weight",
-    ".w3.weight",
-    "embedding_weight",
-    "lm_head.weight",
-)
-ROW_PARALLEL = (".wo.weight", ".w2.weight")
 
 
 def make_checkpoint(directory: Path, config: ModelConfig) -> int:
@@ -80,19 +72,22 @@ def run_process(command: Sequence[str], synced: Path | None = None) -> tuple[flo
     return seconds, int(peak[0]) / 1024 if peak else 0.0
 
 
-def measure(source: Path, directory: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
+def measure(source: Path, directory: Path, rounds: int, *, naive: bool) -> dict[str, list[tuple[float, float]]]:
     """Seconds and peak MB of each program in each round."""
     out = directory / "out"
     weights = source / "model.safetensors"
     convert = [sys.executable, "-c", _CONVERT, "convert", "--input_path", str(source), "--output_path"]
+    shard_bytes = weights.stat().st_size * 27 // 100  # tensors are not cut, so a little more than a quarter
     copy = ["cp", "--reflink=never", str(weights), str(out)]
     programs: dict[str, tuple[list[str], Path | None]] = {
         "cp": (copy, None),
         "cp, synced": (copy, out),
         "llama31-ckpt -> safetensors": ([*convert, str(out)], None),
+        "llama31-ckpt -> safetensors in 4 shards": ([*convert, str(out), "--max_shard_size", str(shard_bytes)], None),
         "llama31-ckpt -> .ckpt": ([*convert, f"{out}.ckpt"], None),
-        "MindSpore load and save .ckpt": ([sys.executable, "-c", _NAIVE, str(weights), f"{out}.ckpt"], None),
     }
+    if naive:
+        programs["MindSpore load and save .ckpt"] = ([sys.executable, "-c", _NAIVE, str(weights), f"{out}.ckpt"], None)
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, (command, synced) in programs.items():
@@ -102,21 +97,19 @@ def measure(source: Path, directory: Path, rounds: int) -> dict[str, list[tuple[
     return results
 
 
-def read_rank(source: Path, rank: int, tp: int) -> tuple[int, int, float]:
-    """Bytes of tensors that are split, bytes that one tensor-parallel rank reads of them, and the seconds it takes."""
+def read_rank(source: Path, config: ModelConfig, rank: int, tp: int) -> tuple[int, int, int, float]:
+    """Bytes of split and of replicated tensors, bytes that a tensor parallel rank reads, and the seconds it takes."""
     start = time.perf_counter()
-    split_bytes = 0
-    with open_weights(source) as reader:
-        for name in reader.names():
-            shape = reader.shape(name)
-            axis = 0 if name.endswith(COLUMN_PARALLEL) else 1 if name.endswith(ROW_PARALLEL) else None
-            if axis is None:
-                continue
-            part = shape[axis] // tp
-            bounds = slice(rank * part, (rank + 1) * part)
-            reader.read_slice(name, (bounds,) if axis == 0 else (slice(None), bounds))
-            split_bytes += 2 * int(np.prod(shape))
-        return split_bytes, reader.bytes_read, time.perf_counter() - start
+    split = replicated = 0
+    shards = plan_shards(config, ParallelConfig(tp=tp), rank)
+    slices = {name: shard.slices for name, shard in shards.items()}
+    with open_for_rank(source, slices, rank=rank) as weights:
+        for name, shard in shards.items():
+            weights.read_slice(name, shard.slices)
+            size_bytes = 2 * int(np.prod(shard.full_shape))
+            split += size_bytes if max(shard.parts) > 1 else 0
+            replicated += 0 if max(shard.parts) > 1 else size_bytes
+        return split, replicated, weights.bytes_read, time.perf_counter() - start
 
 
 def main() -> int:
@@ -125,13 +118,14 @@ def main() -> int:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="llama3.2-1b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where there is room for twice the checkpoint")
+    parser.add_argument("--streamed_only", action="store_true", help="leave out MindSpore, which loads all into memory")
     arguments = parser.parse_args()
     config = ModelConfig.preset(arguments.preset)
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="llama31-bench-") as scratch:
         directory = Path(scratch)
         size_bytes = make_checkpoint(directory / "hf", config)
         print(f"{arguments.preset}: {size_bytes / 1e9:.2f} GB in bfloat16, medians of {arguments.rounds} rounds\n")
-        results = measure(directory / "hf", directory, arguments.rounds)
+        results = measure(directory / "hf", directory, arguments.rounds, naive=not arguments.streamed_only)
         reference = statistics.median(seconds for seconds, _ in results["cp, synced"])
         print("| program | s | GB/s | of cp, synced | peak MB |\n|---|---|---|---|---|")
         for name, runs in results.items():
@@ -141,10 +135,11 @@ def main() -> int:
             print(
                 f"| {name} | {seconds:.2f} | {size_bytes / 1e9 / seconds:.2f} | {reference / seconds:.2f} | {memory} |"
             )
-        print("\n| tensor parallel | of the split bytes | read by rank 0 | s |\n|---|---|---|---|")
-        for tp in (1, 2, 8):
-            split_bytes, read_bytes, seconds = read_rank(directory / "hf", 0, tp)
-            print(f"| {tp} | {split_bytes / 1e9:.2f} GB | {read_bytes / split_bytes:.4f} | {seconds:.2f} |")
+        print("\n| tensor parallel | split | replicated | read of the split ones | s |\n|---|---|---|---|---|")
+        for tp in (2, 8):
+            split, replicated, read_bytes, seconds = read_rank(directory / "hf", config, 0, tp)
+            share = (read_bytes - replicated) / split
+            print(f"| {tp} | {split / 1e9:.2f} GB | {replicated / 1e6:.2f} MB | {share:.4f} | {seconds:.2f} |")
     return 0
 
 

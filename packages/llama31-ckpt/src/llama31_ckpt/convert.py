@@ -17,7 +17,7 @@ from typing import Any
 from llama31_ckpt import __version__
 from llama31_ckpt.plan import Plan, plan_tensors
 from llama31_ckpt.progress import byte_bar
-from llama31_ckpt.reading import chunk_source
+from llama31_ckpt.reading import chunk_source, in_threads
 from llama31_ckpt.resume import ShardRecord
 from llama31_ckpt.sources import Source
 from llama31_core.checkpoint.manifest import describe_file, manifest_beside, write_manifest
@@ -35,6 +35,7 @@ from llama31_core.errors import CheckpointError
 
 TOOL = f"llama31-ckpt {__version__}"
 FILE_SUFFIXES = (".ckpt", ".safetensors")
+_SHARDS_AT_A_TIME = 2  # a file's sha256 is one core's work
 _METADATA = {"mindformers": MINDSPORE_METADATA, "hf": {"format": "pt"}}
 
 
@@ -141,8 +142,9 @@ def _convert_to_directory(
     with staged_directory(destination, overwrite=options.overwrite, resume=options.resume) as part:
         shards = plan_shards(plan.specs, options.max_shard_bytes)
         record = ShardRecord(part, source.path, shards, enabled=options.resume)
-        files = []
-        for name, shard in shards.items():
+
+        def write(name: str) -> WrittenFile:
+            shard = shards[name]
             written = record.finished(name)
             if written is None:
                 chunks = chunk_source(source.weights, shard, plan.parts, on_bytes)
@@ -150,7 +152,9 @@ def _convert_to_directory(
                 record.add(written)
             else:
                 on_bytes(sum(spec.size_bytes for spec in shard))
-            files.append(written)
+            return written
+
+        files = in_threads(write, shards, _SHARDS_AT_A_TIME)
         record.remove()
         index = write_index(part, shards)
         files += [] if index is None else [index]

@@ -10,13 +10,12 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama31_ckpt.convert import TOOL, Summary, check_apart, check_room, write_sidecars
 from llama31_ckpt.progress import byte_bar
-from llama31_ckpt.reading import read_ahead
+from llama31_ckpt.reading import in_threads, read_ahead
 from llama31_ckpt.resume import file_stats
 from llama31_ckpt.sources import Source
 from llama31_core.checkpoint.dtypes import BY_NAME, Array
@@ -93,17 +92,12 @@ def distribute(source: Source, destination: Path, layout: Layout, options: Shard
     with (
         byte_bar(size_bytes, "shard") as bar,
         staged_directory(destination, overwrite=options.overwrite) as part,
-        ThreadPoolExecutor(options.workers) as pool,
     ):
-        tasks = [
-            pool.submit(write_rank, source.weights, plan, part / f"rank_{plan.rank}", options, bar.update)
-            for plan in plans
-        ]
-        try:
-            files = [task.result() for task in tasks]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+
+        def write(plan: RankPlan) -> WrittenFile:
+            return write_rank(source.weights, plan, part / f"rank_{plan.rank}", options, bar.update)
+
+        files = in_threads(write, plans, options.workers)
         sidecars = [] if source.found_config is None else write_sidecars(source, dtype, part)
         # The same for all ranks, and another one if a byte of any rank is.
         checkpoint = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()

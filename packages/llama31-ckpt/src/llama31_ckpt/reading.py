@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
 
 from llama31_core.checkpoint.dtypes import Array
 from llama31_core.checkpoint.reader import Weights
@@ -52,3 +53,19 @@ def read_ahead(chunks: Iterator[Array]) -> Iterator[Array]:
         while (chunk := pending.result()) is not None:
             pending = reader.submit(next, chunks, None)
             yield chunk
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_threads(task: Callable[[Item], Result], items: Iterable[Item], workers: int) -> list[Result]:
+    """`task` of every item, `workers` at a time, results in order; after an error no further one is begun."""
+    with ThreadPoolExecutor(workers) as pool:
+        pending = [pool.submit(task, item) for item in items]
+        try:
+            wait(pending, return_when=FIRST_EXCEPTION)
+            return [future.result() for future in pending]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

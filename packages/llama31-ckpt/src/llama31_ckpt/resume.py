@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 
 from llama31_core.checkpoint.staging import remove_tree, sync
 from llama31_core.checkpoint.writer import TensorSpec, WrittenFile
@@ -27,6 +28,7 @@ class ShardRecord:
         self._enabled = enabled
         self._plan = _fingerprint(source, shards)
         self._finished: dict[str, WrittenFile] = {}
+        self._lock = Lock()  # shards are finished in several threads
         if enabled:
             self._load()
 
@@ -56,7 +58,11 @@ class ShardRecord:
         if not self._enabled:
             return
         sync(self._directory / file.name)
-        self._finished[file.name] = file
+        with self._lock:
+            self._finished[file.name] = file
+            self._save()
+
+    def _save(self) -> None:
         content = {"plan": self._plan, "files": [vars(file) for file in self._finished.values()]}
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps(content), encoding="utf-8")

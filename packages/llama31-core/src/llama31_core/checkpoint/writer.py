@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +27,9 @@ from llama31_core.checkpoint.staging import staged_file, write_error
 from llama31_core.errors import CheckpointError
 
 MINDSPORE_METADATA = {"format": "ms"}  # what MindSpore's own save_checkpoint writes
-CHUNK_BYTES = 8 << 20  # small enough to stay in the allocator's hands: larger ones cost page faults each time
-_MAX_UNHASHED = 8
+CHUNK_BYTES = 2 << 20  # small enough to be hashed and written while it is still in the cache
+_MAX_UNHASHED = 32
+_SYNC_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,16 @@ ChunkSource = Callable[[TensorSpec], Iterable[Array]]
 
 
 class _HashedFile:
-    """A new file; its sha256 is computed in a thread of its own, a few chunks behind the writing."""
+    """A new file. Two threads follow the writing: one computes its sha256, one brings what is written to disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._hash = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
         self._unhashed: deque[Future[None]] = deque()
+        self._syncer = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
+        self._unsynced = 0
         self._file = path.open("wb", buffering=0)
         self.size_bytes = 0
 
@@ -76,6 +81,11 @@ class _HashedFile:
         while done < len(data):
             done += self._file.write(data[done:])
         self.size_bytes += len(data)
+        self._unsynced += len(data)
+        if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            # Otherwise all of it waits in memory for the fsync at the end, while the disk has nothing to do.
+            self._unsynced = 0
+            self._syncing = self._syncer.submit(os.fdatasync, self._file.fileno())
 
     def __enter__(self) -> _HashedFile:
         return self
@@ -84,7 +94,10 @@ class _HashedFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hasher.shutdown()
+        self._syncer.shutdown()
         self._file.close()
+        if error is None and self._syncing is not None:
+            self._syncing.result()  # a failing disk is an error, not a thread's last words
 
     def finished(self) -> WrittenFile:
         return WrittenFile(self.path.name, self._hash.hexdigest(), self.size_bytes)
