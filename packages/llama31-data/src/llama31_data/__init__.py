@@ -4,7 +4,7 @@ from llama31_data.convert import convert_alpaca
 from llama31_data.errors import DataError, RecordError
 from llama31_data.manifest import Manifest, load_manifest
 from llama31_data.options import PreprocessOptions
-from llama31_data.preprocess import preprocess
+from llama31_data.pipeline import preprocess
 
 __all__ = [
     "DataError",

@@ -100,6 +100,8 @@ class Encoder:
                 sample = self._encode(payload)
                 if not sample.ids:
                     continue
+                if all(stop <= start for start, stop in sample.spans):
+                    raise RecordError("its answers are empty and the template has no end of turn: nothing to train on")
                 pieces = self._fit(sample)
             except RecordError as error:
                 rejects.append(Reject(line, str(error)))

@@ -49,7 +49,8 @@ class FschatTemplate:
     """A template of the fschat package.
 
     Raises:
-        DataError: fschat is not installed or has no template of that name, or the vocabulary has no end-of-text token.
+        DataError: fschat is not installed, has no template of that name or cannot render it, or the vocabulary has no
+            end-of-text token.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer) -> None:
@@ -72,6 +73,10 @@ class FschatTemplate:
             self._special.setdefault("<s>", tokenizer.bos_id)
         self._split = re.compile("(" + "|".join(re.escape(text) for text in self._special) + ")")
         self._skeletons: dict[tuple[int, bool], _Skeleton] = {}
+        try:
+            self._skeletons[2, False] = self._build(2, False)
+        except (ValueError, RecordError) as error:  # some of fschat's names are of services, and have no text form
+            raise DataError(f"--template {name}: cannot be written as text: {error}") from error
 
     def encode(self, messages: Sequence[dict[str, str]]) -> Encoded:
         """See `Template.encode`."""

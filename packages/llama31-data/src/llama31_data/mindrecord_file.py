@@ -1,12 +1,17 @@
 """Blocks of records in, a MindRecord set of one or more files out.
 
-What MindSpore's FileWriter writes depends on the records, their order and the base name of the file, not on time,
-directory or process (checked in tests): so equal blocks give equal bytes. It writes in place, therefore callers give
-it a directory of their own and move the files when all are complete.
+What MindSpore's FileWriter writes to one file depends on the records, their order and the base name of the file, not on
+time, directory or process (checked in tests): so equal blocks give equal bytes. It writes in place, therefore callers
+give it a directory of their own and move the files when all are complete.
+
+With several files FileWriter deals the last few records out at random. Here each file has a writer of its own, records
+are dealt out in turn, and the headers are then made those of a set (`_link`): the bytes FileWriter writes when the
+number of records is a multiple of the number of files (checked in tests, too).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -18,6 +23,7 @@ from llama31_data.layouts import Block
 
 INDEX_SUFFIX = ".db"
 _DESCRIPTION = "llama31"
+_SIZE_BYTES = 8
 
 
 class Written(NamedTuple):
@@ -54,7 +60,7 @@ def write_set(path: Path, columns: Sequence[str], blocks: Iterable[Block], num_f
     Args:
         path: of the set; with several files each gets its number behind this name.
         columns: int32 columns that every block has.
-        num_files: among how many files FileWriter spreads the records.
+        num_files: among how many files the records are dealt out in turn.
 
     Raises:
         DataError: MindSpore could not write, for instance for want of disk space.
@@ -67,20 +73,27 @@ def write_set(path: Path, columns: Sequence[str], blocks: Iterable[Block], num_f
         Path(f"{file}{INDEX_SUFFIX}").unlink(missing_ok=True)
     num_records = 0
     records_by_width: dict[int, int] = {}
+    schema = {name: {"type": "int32", "shape": [-1]} for name in columns}
     try:
-        writer: Any = FileWriter(str(path), num_files)
-        writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in columns}, _DESCRIPTION)
+        writers: list[Any] = [FileWriter(str(file)) for file in files]
+        for writer in writers:
+            writer.add_schema(schema, _DESCRIPTION)
         for block in blocks:
             rows = [
                 dict(zip(columns, row, strict=True)) for row in zip(*(block[name] for name in columns), strict=True)
             ]
-            if not rows:
-                continue
-            writer.write_raw_data(rows)
+            for number, writer in enumerate(writers):
+                if part := rows[(number - num_records) % num_files :: num_files]:
+                    writer.write_raw_data(part)
             num_records += len(rows)
             width = block[columns[0]].shape[1]
             records_by_width[width] = records_by_width.get(width, 0) + len(rows)
-        writer.commit()
+        if num_records < num_files:
+            raise DataError(f"--file_partition is {num_files}, but {path.name} has {num_records} records to deal out")
+        for writer in writers:
+            writer.commit()
+        if num_files > 1:
+            _link(files)
     except DataError:
         raise
     except Exception as error:  # FileWriter raises RuntimeError, OSError and its own, without a common base
@@ -93,6 +106,33 @@ def write_set(path: Path, columns: Sequence[str], blocks: Iterable[Block], num_f
             _use_umask(written)
             _sync(written)
     return Written(files, num_records, records_by_width)
+
+
+def _link(files: Sequence[Path]) -> None:
+    """Makes single files a set: readers that open one find the others.
+
+    A MindRecord file begins with the size of its header (8 bytes, little endian) and the header, which is JSON in room
+    of 16 MiB: mindspore/ccsrc/minddata/mindrecord/io/shard_header.cc.
+    """
+    headers = []
+    for file in files:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(_SIZE_BYTES), "little")
+            headers.append(json.loads(stream.read(size)))
+    total = sum(header["compression_size"] for header in headers)
+    for number, (file, header) in enumerate(zip(files, headers, strict=True)):
+        header["shard_addresses"] = [path.name for path in files]
+        header["shard_id"] = number
+        header["compression_size"] = total
+        for page in header["page"]:
+            page["shard_id"] = number
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if _SIZE_BYTES + len(text) > header["header_size"]:
+            raise DataError(
+                f"{file}: the header of a set of {len(files)} files has no room; use fewer --file_partition"
+            )
+        with file.open("r+b") as stream:
+            stream.write(len(text).to_bytes(_SIZE_BYTES, "little") + text)
 
 
 def _use_umask(path: Path) -> None:

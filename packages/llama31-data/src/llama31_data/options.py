@@ -32,7 +32,7 @@ class PreprocessOptions:
         packing: many samples in a record, with segment_ids and position_ids.
         buckets: pad to the next bucket instead of to seq_length; () chooses 128, 256, … seq_length.
         split_long: cut a longer sample into several instead of leaving out its end.
-        file_partition: files in each set.
+        file_partition: files in each set; records are dealt out to them in turn.
         shards: sets; each is complete in itself.
         repeat: times the input is gone through.
         workers: processes that tokenise. It never changes the output.
@@ -74,6 +74,8 @@ class PreprocessOptions:
             raise DataError(f"--schema is {self.schema!r}, allowed are auto, {', '.join(SCHEMAS)}")
         if self.packing and self.buckets is not None:
             raise DataError("--packing and --padding bucket exclude each other: packed records have no padding to save")
+        if self.buckets is not None and self.file_partition > 1:
+            raise DataError("--padding bucket keeps records of one length together: use --shards, not --file_partition")
         if self.dataset_type == "wiki" and self.buckets is not None:
             raise DataError("--padding bucket is for --dataset_type qa: plain text is cut to whole records")
         if self.buckets:

@@ -6,6 +6,7 @@ that is there is whole. It holds the digest of the raw records it came from; cha
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -56,15 +57,16 @@ class Spool:
         meta = {"digest": chunk.digest, "counts": encoded.counts, "rejects": encoded.rejects}
         path = self._path(chunk.id)
         part = path.with_suffix(f".{os.getpid()}.part")
+        packed = io.BytesIO()
+        np.savez(
+            packed,
+            meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
+            tokens=encoded.tokens,
+            trained=encoded.trained,
+            lengths=encoded.lengths,
+        )
         try:
-            with part.open("wb") as file:
-                np.savez(
-                    file,
-                    meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
-                    tokens=encoded.tokens,
-                    trained=encoded.trained,
-                    lengths=encoded.lengths,
-                )
+            part.write_bytes(packed.getbuffer())
             part.replace(path)
         except OSError as error:
             part.unlink(missing_ok=True)

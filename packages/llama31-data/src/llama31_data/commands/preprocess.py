@@ -10,7 +10,7 @@ from llama31_data.commands.progress import progress_bar
 from llama31_data.errors import DataError
 from llama31_data.manifest import Manifest, manifest_path
 from llama31_data.options import PreprocessOptions
-from llama31_data.preprocess import REJECTS_SUFFIX, preprocess
+from llama31_data.pipeline import REJECTS_SUFFIX, preprocess
 from llama31_data.schemas import SCHEMAS
 
 
