@@ -10,6 +10,8 @@ from llama31_data.errors import DataError
 
 _BLOCK_CHARS = 1 << 20
 _WHITE = " \t\r\n"
+_NUMBER = "0123456789.eE+-"
+_NUMBER_TAIL = 8  # what may be left of a number that stops making sense: "1" of "1.", "1e", "1e+"
 
 
 class Element(NamedTuple):
@@ -105,8 +107,8 @@ def _next_element(buffer: _Buffer, decoder: json.JSONDecoder) -> Element:
             raise buffer.error(error.msg) from None
         except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
             raise buffer.error(str(error)) from None
-        if end == len(buffer.text) and not buffer.ended:  # a number may go on in the next block
-            buffer.grow()
+        if not buffer.ended and len(buffer.text) - end < _NUMBER_TAIL and not buffer.text[end:].strip(_NUMBER):
+            buffer.grow()  # a number may go on in the next block
             continue
         element = Element(buffer.line, buffer.text[buffer.at : end], value)
         buffer.move_to(end)

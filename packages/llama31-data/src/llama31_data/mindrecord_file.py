@@ -88,7 +88,7 @@ def write_set(path: Path, columns: Sequence[str], blocks: Iterable[Block], num_f
             num_records += len(rows)
             width = block[columns[0]].shape[1]
             records_by_width[width] = records_by_width.get(width, 0) + len(rows)
-        if num_records < num_files:
+        if num_files > max(1, num_records):
             raise DataError(f"--file_partition is {num_files}, but {path.name} has {num_records} records to deal out")
         for writer in writers:
             writer.commit()
