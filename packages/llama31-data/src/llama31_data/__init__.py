@@ -2,6 +2,7 @@
 
 from llama31_data.convert import convert_alpaca
 from llama31_data.errors import DataError, RecordError
+from llama31_data.loader import load_dataset
 from llama31_data.manifest import Manifest, load_manifest
 from llama31_data.options import PreprocessOptions
 from llama31_data.pipeline import preprocess
@@ -12,6 +13,7 @@ __all__ = [
     "PreprocessOptions",
     "RecordError",
     "convert_alpaca",
+    "load_dataset",
     "load_manifest",
     "preprocess",
 ]
