@@ -65,7 +65,7 @@ def test_twenty_steps_lower_the_loss_and_the_result_predicts(
     changes = overrides(small_model, records, tmp_path)
     assert core(["finetune", str(RUN_FILE), *changes]) == 0
     printed = capsys.readouterr().out
-    losses = [float(loss) for loss in re.findall(r"loss: ([0-9.]+)", printed)]
+    losses = [float(loss) for loss in re.findall(r", loss: ([0-9.]+)", printed)]
     assert len(losses) == 20
     assert losses[0] == pytest.approx(np.log(49152), rel=0.05)  # random weights know nothing
     assert mean(losses[-5:]) < mean(losses[:5]) - 1.5
@@ -101,6 +101,9 @@ def test_the_same_seed_trains_the_same_model(small_model: Path, records: Path, t
         ("load_checkpoint=/nonexistent/x", "does not exist"),
         ("load_checkpoint=", "load_checkpoint is empty"),
         ("lr_schedule.warmup_steps=1000", "keep one"),
+        ("lr_schedule.learning_rate=.inf", "lr_schedule.learning_rate"),
+        ("seed=5000000000", "seed"),
+        ("output_dir=/proc/nowhere", "cannot be written"),
         ("runner_confg.epochs=1", "did you mean 'runner_config'"),
     ],
 )

@@ -211,6 +211,52 @@ def test_min_tokens_holds_back_the_end_and_logprobs_cover_every_token() -> None:
     assert all(report.top[0][0] == report.token_id for report in completion.logprobs[1:])
 
 
+def test_a_failed_draw_changes_nothing_and_the_step_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(CONFIG, SumRunner())
+    engine.add("a", [3, 4], greedy(3))
+    engine.add("b", [5, 6, 7], greedy(3))
+    engine.step()
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("llama31_core.inference.request.Request.draw", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    tokens: dict[str, list[int]] = {"a": [], "b": []}
+    while engine.has_unfinished():
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+    assert tokens["b"] == expected([5, 6, 7], 3)[0][-len(tokens["b"]) :]
+    assert engine.num_free_blocks == 8
+
+
+def test_an_interrupted_generate_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(CONFIG, SumRunner())
+    with monkeypatch.context() as patch:
+        patch.setattr(SumRunner, "forward", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([[1, 2], [3]], greedy(3))
+    assert not engine.has_unfinished()
+    assert engine.num_free_blocks == 8
+    assert engine.generate([[3, 4]], greedy(4))[0].token_ids == expected([3, 4], 4)[0]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_generate_does_not_run_beside_added_requests() -> None:
+    engine = Engine(CONFIG, SumRunner())
+    engine.add("mine", [1], greedy(1))
+    with pytest.raises(RequestError, match="generate runs alone"):
+        engine.generate([[1]], greedy(1))
+
+
+@pytest.mark.parametrize("prompt", [["123"], [1.9], [True]])
+def test_prompts_that_are_no_ids_are_refused(prompt: list[object]) -> None:
+    with pytest.raises(RequestError, match="no integer"):
+        Engine(CONFIG, SumRunner()).generate([prompt], greedy(1))  # type: ignore[list-item]
+
+
 def test_max_tokens_none_fills_the_context() -> None:
     [completion] = Engine(CONFIG, SumRunner()).generate(
         [[1] * 10], SamplingParams(None, temperature=0, ignore_eos=True)

@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 class Section(BaseModel):
     """A section of the file: typed, frozen, no other keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class RunnerConfig(Section):
@@ -68,6 +68,12 @@ class LrScheduleConfig(Section):
     warmup_steps: int | None = Field(default=None, ge=0)
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     total_steps: int = Field(default=-1, ge=-1)
+
+    @model_validator(mode="after")
+    def _check(self) -> LrScheduleConfig:
+        if self.lr_end > self.learning_rate:
+            raise ValueError(f"lr_end={self.lr_end} is above learning_rate={self.learning_rate}")
+        return self
 
 
 class DataLoaderConfig(Section):
@@ -150,7 +156,7 @@ class RunConfig(Section):
     """A whole file."""
 
     run_mode: Literal["finetune", "train"] = "finetune"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     output_dir: str = "./output"
     load_checkpoint: str = ""
     runner_config: RunnerConfig = RunnerConfig()
@@ -203,7 +209,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{source} does not exist; give a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{source} holds {type(values).__name__}, expected sections with keys")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError, RequestError
 from llama31_core.inference.block_manager import BlockManager
-from llama31_core.inference.request import Completion, Request, StepOutput
+from llama31_core.inference.request import Completion, FinishReason, Request, StepOutput
 from llama31_core.inference.sampling import Sampler
 from llama31_core.inference.sampling_params import SamplingParams
 from llama31_core.inference.scheduler import Batch, Scheduler
@@ -139,20 +139,24 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one, or one a prompt")
-        requests = [
-            self._build_request(f"generate-{i}", p, s) for i, (p, s) in enumerate(zip(prompts, each, strict=True))
+        if self._requests:
+            raise RequestError("generate runs alone; step the added requests to their end first, or abort them")
+        pairs = enumerate(zip(prompts, each, strict=True))
+        requests = {str(i): self._build_request(str(i), prompt, own) for i, (prompt, own) in pairs}
+        reasons: dict[str, FinishReason] = {}
+        try:
+            for request in requests.values():
+                self._enqueue(request)
+            while len(reasons) < len(requests):
+                ended = ((output.request_id, output.finish_reason) for output in self.step())
+                reasons.update((name, reason) for name, reason in ended if reason is not None)
+        finally:
+            for name in requests:  # an interruption leaves nothing behind; what has ended is not there any more
+                self.abort(name)
+        return [
+            Completion(r.output_ids, reasons[name], None if r.params.logprobs is None else r.output_logprobs)
+            for name, r in requests.items()
         ]
-        for request in requests:
-            self._enqueue(request)
-        completions: dict[str, Completion] = {}
-        while len(completions) < len(requests):
-            for output in self.step():
-                if output.finish_reason is not None:
-                    request = requests[int(output.request_id.removeprefix("generate-"))]
-                    logprobs = None if request.params.logprobs is None else request.output_logprobs
-                    completion = Completion(request.output_ids, output.finish_reason, logprobs)
-                    completions[output.request_id] = completion
-        return [completions[request.request_id] for request in requests]
 
     def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Queue a request.
@@ -182,12 +186,17 @@ class Engine:
         token_ids_BT = [request.uncached_ids(batch.num_tokens) for request in batch.requests]
         starts_B = [request.num_cached for request in batch.requests]
         logits_BV = self._runner.forward(token_ids_BT, starts_B, [request.block_table for request in batch.requests])
+        # Drawn before anything is noted: if that fails, no request has changed and the step can be taken again.
+        # A chunk of a prompt draws nothing: its logits predict a token that is known.
+        complete = [request.num_cached + batch.num_tokens == request.num_tokens for request in batch.requests]
+        rows = list(zip(batch.requests, logits_BV, complete, strict=True))
+        drawn = [request.draw(logits_V) if is_complete else None for request, logits_V, is_complete in rows]
         outputs = []
-        for request, logits_V in zip(batch.requests, logits_BV, strict=True):
+        for (request, logits_V, _), token in zip(rows, drawn, strict=True):
             self._scheduler.computed(request, batch.num_tokens)
-            if request.num_cached < request.num_tokens:
-                continue  # a chunk of a prompt: its logits predict a token that is known
-            output = request.advance(logits_V)
+            if token is None:
+                continue
+            output = request.accept(token, logits_V)
             outputs.append(output)
             if output.finish_reason is not None:
                 self._scheduler.finish(self._requests.pop(request.request_id))
@@ -198,6 +207,8 @@ class Engine:
         self._scheduler.add(request)
 
     def _build_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
+        if any(isinstance(token, bool) or not isinstance(token, (int, np.integer)) for token in prompt_ids):
+            raise RequestError("the prompt holds something that is no integer; give token ids")
         prompt = [int(token) for token in prompt_ids]
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")

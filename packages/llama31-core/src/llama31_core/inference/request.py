@@ -79,9 +79,12 @@ class Request:
             self.block_hashes.append(hash_block(parent, tokens))
         return self.block_hashes[: num_tokens // block_size]
 
-    def advance(self, logits_V: npt.NDArray[np.float32]) -> StepOutput:
-        """Draw the next token and append it, or end the request."""
-        token = self.sampler.draw(logits_V, self.prompt_ids, self.output_ids)
+    def draw(self, logits_V: npt.NDArray[np.float32]) -> int:
+        """The next token; nothing but the generator's state changes."""
+        return self.sampler.draw(logits_V, self.prompt_ids, self.output_ids)
+
+    def accept(self, token: int, logits_V: npt.NDArray[np.float32]) -> StepOutput:
+        """Append a drawn token, or end the request."""
         if token in self.stop_ids:
             return StepOutput(self.request_id, [], "stop")
         self.output_ids.append(token)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from llama31_core.errors import RequestError
 
 MAX_LOGPROBS = 100
+MIN_TEMPERATURE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        object.__setattr__(self, "bad_words_ids", tuple(map(tuple, self.bad_words_ids)))
+        self._freeze("stop_token_ids", "a sequence of token ids", tuple)
+        self._freeze("logit_bias", "a mapping of token ids to numbers", dict)
+        self._freeze("bad_words_ids", "a sequence of sequences of token ids", lambda words: tuple(map(tuple, words)))
         self._need("max_tokens", ">= 1 or None", self.max_tokens is None or _is_int(self.max_tokens, 1))
         self._need("min_tokens", "an integer >= 0", _is_int(self.min_tokens, 0))
-        self._need("temperature", ">= 0", _is_number(self.temperature) and self.temperature >= 0)
+        # A smaller one would carry the logits out of the range of numbers.
+        warm = _is_number(self.temperature) and (self.temperature == 0 or self.temperature >= MIN_TEMPERATURE)
+        self._need("temperature", f"0 (greedy) or >= {MIN_TEMPERATURE}", warm)
         self._need("top_k", "an integer >= 0 (0 for all)", _is_int(self.top_k, 0))
         self._need("top_p", "in (0, 1]", _is_number(self.top_p) and 0 < self.top_p <= 1)
         self._need("min_p", "in [0, 1]", _is_number(self.min_p) and 0 <= self.min_p <= 1)
@@ -83,6 +87,12 @@ class SamplingParams:
         self._need("logprobs", f"0 to {MAX_LOGPROBS}, or None", reported)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower it")
+
+    def _freeze(self, name: str, allowed: str, kind: Callable[[Any], object]) -> None:
+        try:
+            object.__setattr__(self, name, kind(getattr(self, name)))
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}") from error
 
     def _need(self, name: str, allowed: str, holds: bool) -> None:
         if not holds:

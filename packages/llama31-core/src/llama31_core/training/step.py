@@ -9,9 +9,8 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from llama31_core.model import Llama
+from llama31_core.training.dataset import IGNORED_LABEL
 from llama31_core.training.optim import AdamW
-
-IGNORED_LABEL = -100
 
 
 class NextTokenLoss(nn.Cell):  # type: ignore[misc]

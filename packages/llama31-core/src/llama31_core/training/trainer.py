@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,13 +30,19 @@ from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError, Llama31Error
 from llama31_core.model import CausalAttention, Llama
 from llama31_core.run_config import RunConfig
-from llama31_core.training.dataset import MindRecordDataset
+from llama31_core.training.dataset import IGNORED_LABEL, MindRecordDataset
 from llama31_core.training.optim import AdamW
 from llama31_core.training.schedule import learning_rate, plan_warmup
-from llama31_core.training.step import IGNORED_LABEL, NextTokenLoss, TrainStep
+from llama31_core.training.step import NextTokenLoss, TrainStep
 
 _LOG = logging.getLogger(__name__)
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_KEPT_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class Trainer:
         self._total_steps = self.num_steps if run.lr_schedule.total_steps == -1 else run.lr_schedule.total_steps
         self._warmup_steps = plan_warmup(run.lr_schedule.warmup_steps, run.lr_schedule.warmup_ratio, self._total_steps)
         check_destination(self._output_dir)
+        _check_room(self._output_dir, 4 * self.config.num_parameters)
         self._llama, self._optimizer, self._step = self._build()
 
     def _build(self) -> tuple[Llama, AdamW, TrainStep]:
@@ -128,6 +136,9 @@ class Trainer:
         schedule = self._run.lr_schedule
         batches = self._dataset.epochs(self._run.runner_config.epochs)
         for index, (tokens, labels) in zip(range(self.num_steps), batches, strict=False):
+            if (labels == IGNORED_LABEL).all():
+                _LOG.warning("step %d: no label of the batch is trained on; the step is left out", index + 1)
+                continue
             started = time.perf_counter()
             rate = learning_rate(
                 index,
@@ -158,13 +169,30 @@ class Trainer:
         return self._save()
 
     def _save(self) -> Path:
+        for name, parameter in self._llama.parameters_and_names():
+            if not np.isfinite(parameter.asnumpy()).all():
+                raise Llama31Error(f"{name} holds values that are no numbers after the last step; nothing is saved")
         with staged_directory(self._output_dir) as directory:
             weights = ((name, parameter.asnumpy()) for name, parameter in self._llama.parameters_and_names())
             files = save_weights(directory, weights)
             files.append(describe_file(self.config.save_pretrained(directory)))
-            for name in _TOKENIZER_FILES:
+            for name in _KEPT_FILES:
                 if (self._model_dir / name).is_file():
                     files.append(describe_file(Path(shutil.copy(self._model_dir / name, directory))))
             source = {"format": "finetune", "name": self._model_dir.name, "steps": self.num_steps}
             write_manifest(directory, files, dtype="float32", source=source, tool=f"llama31-core {__version__}")
         return self._output_dir
+
+
+def _check_room(destination: Path, needed_bytes: int) -> None:
+    """See that a result of this size can be written, before the work for it is done."""
+    place = next(parent for parent in destination.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".llama31-"):
+            free_bytes = shutil.disk_usage(place).free
+    except OSError as error:
+        raise ConfigError(f"output_dir: {destination} cannot be written: {error.strerror}; set another") from error
+    if free_bytes < needed_bytes:
+        raise ConfigError(
+            f"output_dir: {destination} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free there"
+        )
