@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from llama31_data import __version__
-from llama31_data.commands import convert, preprocess
+from llama31_data.commands import convert, inspect, preprocess, stats
 from llama31_data.errors import DataError
 
-_COMMANDS = (convert, preprocess)
+_COMMANDS = (convert, preprocess, inspect, stats)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """The manifest beside a MindRecord set: what is in it, for whom, and the sha256 of every file; JSON both ways.
 
-It holds no time, path, host or worker count: two runs over the same input give the same manifest, byte for byte.
+It holds no time, host or worker count: two runs of the same options over the same input give the same manifest.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Manifest:
     eos_token_id: int | None
     pad_token_id: int
     tokenizer_sha256: str
+    model_file: str
     sources: tuple[str, ...]
     counts: dict[str, int]
     fill_rate: float

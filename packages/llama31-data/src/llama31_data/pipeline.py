@@ -224,6 +224,7 @@ def _manifest(
         eos_token_id=tokenizer.eos_id,
         pad_token_id=layout.pad_id,
         tokenizer_sha256=tokenizer.sha256,
+        model_file=options.model_file,
         sources=tuple(source.path.name for source in sources),
         counts={**totals, "written": records},
         fill_rate=round(totals["tokens"] / capacity, 6),

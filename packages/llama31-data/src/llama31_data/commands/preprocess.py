@@ -93,10 +93,12 @@ def summary(manifest: Manifest, output_file: str) -> str:
         )
         if counts[name]
     ]
+    is_fewest = counts["written"] == -(-counts["tokens"] // (manifest.seq_length + 1))
+    fewest = ", in the fewest records possible" if manifest.layout == "packed" and is_fewest else ""
     lines = [
         f"{counts['read']:,} records read, {counts['samples']:,} samples, {counts['written']:,} records written",
         f"{counts['tokens']:,} tokens, {counts['label_tokens']:,} of them trained on; {manifest.fill_rate:.2%} of the "
-        "space is filled",
+        f"space is filled{fewest}",
         *([", ".join(lost)] if lost else []),
         *([f"rejects: {output_file}{REJECTS_SUFFIX}"] if counts["rejected"] else []),
         f"output: {', '.join(name for entry in manifest.sets for name in entry.files)}",
