@@ -120,6 +120,10 @@ def _build(
 
 
 def _engine(options: PreprocessOptions) -> Engine:
+    if options.engine == "ray":
+        from llama31_data.ray_engine import RayEngine
+
+        return RayEngine(options.workers)
     return LocalEngine(options.workers)
 
 
