@@ -112,7 +112,7 @@ def _data_error(error: BaseException) -> DataError:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, DataError) and not isinstance(seen, ray.exceptions.RayError):  # Ray's can be both
-            return seen
+            return type(seen)(str(seen).splitlines()[0])  # without the advice that Ray adds
         cause = getattr(seen, "cause", None)
         seen = cause if isinstance(cause, BaseException) else seen.__cause__
     return DataError(f"--engine ray: {str(error).strip().splitlines()[-1]}")
