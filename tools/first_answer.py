@@ -36,6 +36,10 @@ class QuickstartError(Exception):
     """What went wrong and what to do about it, in one sentence."""
 
 
+class ServerInterruptedError(Exception):
+    """The user ended it while a server was there, which is stopped by now."""
+
+
 def main() -> int:
     """Get a model, serve it on loopback and ask it something."""
     parser = argparse.ArgumentParser(prog="tools/quickstart", description=main.__doc__)
@@ -43,7 +47,9 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the server running and show how to call it")
     parser.add_argument("--port", type=int, help=f"port to serve on (any free one; with --keep {DEFAULT_PORT})")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, signal.default_int_handler)
     try:
         port = pick_port(arguments.port, keep=arguments.keep)
         model_dir = ensure_model()
@@ -55,10 +61,18 @@ def main() -> int:
     except (QuickstartError, AssetError, ServeError) as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 1
+    except ServerInterruptedError:
+        return interrupted("; the server is stopped")
     except KeyboardInterrupt:
-        print("\nquickstart: interrupted; the server is stopped", file=sys.stderr)
-        return 130
+        return interrupted()
     return 0
+
+
+def interrupted(outcome: str = "") -> int:
+    """Say so, unless the terminal has gone, and give the exit status."""
+    with contextlib.suppress(OSError):
+        print(f"\nquickstart: interrupted{outcome}", file=sys.stderr)
+    return 130
 
 
 def pick_port(wanted: int | None, *, keep: bool) -> int:
@@ -80,7 +94,11 @@ def ensure_model() -> Path:
     model_dir = cache_root() / "models" / MODEL_NAME
     if is_whole(model_dir):
         return model_dir
-    cache_root().mkdir(parents=True, exist_ok=True)
+    try:
+        cache_root().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"the cache {cache_root()} cannot be made ({error.strerror}); set LLAMA31_CACHE to a directory"
+        raise QuickstartError(problem) from error
     free = shutil.disk_usage(cache_root()).free
     if free < NEEDED_BYTES:
         raise QuickstartError(
@@ -102,7 +120,7 @@ def is_whole(model_dir: Path) -> bool:
     try:
         files = json.loads((model_dir / "manifest.json").read_text(encoding="utf-8"))["files"]
         return all((model_dir / name).stat().st_size == entry["size_bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -151,13 +169,25 @@ class Server:
         try:
             code = self.process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
             problem = f"the server did not stop in {STOP_TIMEOUT_S} s; its log is {self.log.name}"
             raise QuickstartError(problem) from None
         if code != 0:
             raise QuickstartError(f"the server ended with code {code}: {self._last_line()} (log: {self.log.name})")
         os.unlink(self.log.name)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.wait()
+
+    def discard(self) -> None:
+        """End it at once and leave no log: the user interrupted, and one more signal must not stop this."""
+        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, signal.SIG_IGN)
+        self.kill()
+        self.log.close()
+        Path(self.log.name).unlink(missing_ok=True)
 
     def _last_line(self) -> str:
         lines = Path(self.log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -171,11 +201,13 @@ def running_server(model_dir: Path, port: int) -> Iterator[Server]:
     try:
         server.wait_until_ready()
         yield server
+        server.stop()
+    except KeyboardInterrupt:
+        server.discard()
+        raise ServerInterruptedError from None
     except BaseException:
-        server.process.kill()
-        server.process.wait()
+        server.kill()
         raise
-    server.stop()
 
 
 def ask(port: int, prompt: str) -> None:

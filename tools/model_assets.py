@@ -79,16 +79,18 @@ def fetch(name: str) -> Path:
         raise AssetError(f"unknown asset {name!r}: allowed are {', '.join(sorted(ASSETS))}")
     asset = ASSETS[name]
     target = cache_root() / "assets" / Path(asset.member).name
-    if target.is_file():
-        return target
     try:
+        if target.is_file():
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / f".{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes wait for one download
             if not target.is_file():
                 _download(asset, target)
     except OSError as error:
-        raise AssetError(f"cannot write {target}: {error.strerror}; free space or set LLAMA31_CACHE") from error
+        raise AssetError(
+            f"cannot write {target}: {error.strerror}; free space or set LLAMA31_CACHE to a directory"
+        ) from error
     return target
 
 
