@@ -100,6 +100,18 @@ def test_metadata(wheels: Path, name: str) -> None:
     assert ours == {f"{sibling}=={metadata['Version']}" for sibling in SIBLINGS[name]}
 
 
+def test_the_licence_is_in_every_wheel(wheels: Path) -> None:
+    texts = set()
+    for name in NAMES:
+        assert metadata_of(wheels, name).get_all("License-File") == ["LICENSE"]
+        with wheel_of(wheels, name) as wheel:
+            (path,) = [file for file in wheel.namelist() if file.endswith(".dist-info/licenses/LICENSE")]
+            texts.add(wheel.read(path).decode())
+    (text,) = texts
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+
+
 def test_only_core_and_data_ask_for_mindspore_and_numpy_1(wheels: Path) -> None:
     asking = {name for name in NAMES if "mindspore" in {need.name for need in requirements_of(wheels, name)}}
     assert asking == {"core", "data"}
