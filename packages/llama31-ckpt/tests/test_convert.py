@@ -170,7 +170,10 @@ def test_bad_sources_are_refused_in_one_sentence(
         ("hf", "hf/out", (), "lie in each other"),
         ("hf", "hf", ("--overwrite",), "lie in each other"),
         ("hf", ".", ("--overwrite",), "lie in each other"),
-        ("hf", "taken", (), "taken exists; give --overwrite"),
+        ("hf", "taken", (), "taken exists; remove it, or choose another destination, or give --overwrite"),
+        ("hf", "taken", ("--overwrite",), "taken is no checkpoint and is not replaced"),
+        ("hf", "taken/file", ("--overwrite",), "is a file, expected a directory"),
+        ("hf", "/proc/x/y", (), "/proc/x/y cannot be written: No such file or directory"),
         ("hf", "taken/file/out", (), "cannot be written"),
         ("hf", "out.ckpt", ("--reversed",), "drop --qkv_concat or the .ckpt suffix"),
         ("hf", "out.ckpt", ("--resume",), "is one file"),
@@ -211,11 +214,41 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_overwrite_replaces_a_directory(hf_dir: Path, tensors: Tensors, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("x")
-    assert _convert(hf_dir, tmp_path / "out", "--overwrite") == 0
-    _assert_holds(tmp_path / "out", tensors)
-    assert "old" not in _files(tmp_path / "out")
+    out = tmp_path / "out"
+    assert _convert(hf_dir, out, "--max_shard_size", "100KB") == 0
+    for damage in (lambda: None, (out / "config.json").unlink, lambda: (out / "manifest.json").write_text("{")):
+        damage()
+        assert _convert(hf_dir, out, "--overwrite") == 0
+        _assert_holds(out, tensors)
+        assert set(_files(out)) == {"config.json", "manifest.json", "model.safetensors", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("command", ["convert", "shard"])
+@pytest.mark.parametrize("name", ["notes.txt", "thesis/chapter.tex", "other.safetensors", "rank_0/notes.txt"])
+def test_overwrite_spares_what_is_not_of_the_checkpoint(
+    command: str, name: str, hf_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [command, "--input_path", str(hf_dir), "--output_path", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert main([*arguments, "--overwrite"]) == 0
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / name).write_text("keep me")
+    before = _files(tmp_path)
+    assert main([*arguments, "--overwrite"]) == 1
+    assert "which is not of the checkpoint there" in capsys.readouterr().err
+    assert _files(tmp_path) == before
+
+
+@pytest.mark.parametrize("destination", ["", ".", "..", "../here"])
+def test_overwrite_spares_the_current_directory(
+    destination: str, hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "above" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert main(["convert", "--input_path", str(hf_dir), "--output_path", destination, "--overwrite"]) == 1
+    assert "is the current directory or holds it" in capsys.readouterr().err
+    assert here.is_dir()
 
 
 def test_no_room_is_said_before_anything_is_written(
@@ -260,9 +293,10 @@ def test_a_conversion_cut_off_leaves_nothing(
     assert not (tmp_path / "new").exists()
 
 
-def test_termination_clears_up(hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_clears_up(number: int, hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _files(tmp_path)
-    monkeypatch.setattr("llama31_ckpt.convert.write_index", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("llama31_ckpt.convert.write_index", lambda *_: os.kill(os.getpid(), number))
     assert _convert(hf_dir, tmp_path / "out") == 130
     assert _files(tmp_path) == before
 

@@ -165,7 +165,7 @@ def test_a_difference_comes_back_as_an_adapter(
     assert main([*convert, "--output_path", str(again), "--lora", str(tmp_path / "extracted")]) == 0
     assert main(["diff", str(tuned), str(again), "--tolerance", "1e-4"]) == 0
     assert main(extract) == 1
-    assert "exists; give --overwrite" in capsys.readouterr().err
+    assert "exists; remove it, or choose another destination, or give --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_an_existing_file_stays_unless_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save_weights(path, [("x", np.ones(1, np.float32))])
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match="exists; give --overwrite"):
+    with pytest.raises(CheckpointError, match=r"exists; remove it, or choose another destination$"):
         save_weights(path, [("x", np.zeros(1, np.float32))])
     assert path.read_bytes() == before
     save_weights(path, [("x", np.zeros(1, np.float32))], overwrite=True)
@@ -152,15 +152,33 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_replacing_a_directory_keeps_the_old_one_until_the_end(tmp_path: Path) -> None:
     destination = tmp_path / "model"
     with staged_directory(destination) as part:
-        (part / "old").write_text("x")
+        (part / "config.json").write_text("x")
     with pytest.raises(CheckpointError, match="exists"), staged_directory(destination):
         pass
     with pytest.raises(RuntimeError), staged_directory(destination, overwrite=True):
         raise RuntimeError
-    assert _files(destination) == ["old"]
+    assert _files(destination) == ["config.json"]
     with staged_directory(destination, overwrite=True) as part:
         (part / "new").write_text("x")
     assert _files(tmp_path) == ["model", "model/new"]
+
+
+def test_a_failed_replacement_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    destination = tmp_path / "model"
+    destination.mkdir()
+    (destination / "config.json").write_text("old")
+    rename = Path.rename
+
+    def refuse_part(path: Path, target: Path) -> Path:
+        if path.name == ".model.part":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_part)
+    with pytest.raises(CheckpointError, match="cannot be written"), staged_directory(destination, overwrite=True):
+        pass
+    assert (destination / "config.json").read_text() == "old"
+    assert _files(tmp_path) == ["model", "model/config.json"]
 
 
 def test_a_resumable_directory_keeps_its_beginnings(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llama31_ckpt.progress import item_bar
 from llama31_ckpt.report_commands import add_diff, add_inspect, add_verify
 from llama31_ckpt.shard_commands import add_merge, add_reshard, add_shard, add_strategy
 from llama31_ckpt.sources import open_source
-from llama31_core.checkpoint.staging import check_destination
+from llama31_core.checkpoint.staging import DestinationExistsError, check_destination
 from llama31_core.errors import Llama31Error
 
 
@@ -134,16 +134,21 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0, 1 for an error, 2 for wrong usage, 130 if interrupted."""
     arguments = build_parser().parse_args(argv)
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:  # as nohup asks for
+            signal.signal(number, _terminate)
     try:
         return int(arguments.run(arguments) or 0)
     except Llama31Error as error:
         if arguments.debug:
             raise
-        print(f"llama31-ckpt: error: {error}", file=sys.stderr)
+        advice = ", or give --overwrite" if isinstance(error, DestinationExistsError) else ""
+        print(f"llama31-ckpt: error: {error}{advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("llama31-ckpt: error: interrupted", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

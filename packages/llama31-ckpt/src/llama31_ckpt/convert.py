@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from llama31_ckpt.resume import ShardRecord
 from llama31_ckpt.sources import Source
 from llama31_core.checkpoint.manifest import describe_file, manifest_beside, write_manifest
 from llama31_core.checkpoint.names import Scheme
-from llama31_core.checkpoint.staging import check_destination, staged_directory, staged_file
+from llama31_core.checkpoint.staging import check_destination, staged_directory, staged_file, write_error
 from llama31_core.checkpoint.writer import (
     MINDSPORE_METADATA,
     WrittenFile,
@@ -170,9 +171,13 @@ def check_apart(source: Path, destination: Path) -> None:
 
 
 def check_room(destination: Path, size_bytes: int) -> None:
-    """Raise CheckpointError if the file system of `destination` has less than `size_bytes` free."""
-    existing = next(path for path in destination.absolute().parents if path.exists())
-    free = shutil.disk_usage(existing).free
+    """Raise CheckpointError if `destination` cannot be made, or its file system has less than `size_bytes` free."""
+    try:
+        existing = next(path for path in destination.absolute().parents if path.exists())
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".llama31-"):
+            free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise write_error(destination, error) from error
     if free < size_bytes:
         raise CheckpointError(
             f"{destination} needs {size_bytes / 1e9:.2f} GB, {existing} has {free / 1e9:.2f} GB free; free space first"

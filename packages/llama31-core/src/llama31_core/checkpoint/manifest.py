@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llama31_core.checkpoint.contents import MANIFEST_NAME as MANIFEST_NAME
 from llama31_core.checkpoint.json_files import read_json_object
 from llama31_core.checkpoint.staging import staged_file
 from llama31_core.checkpoint.writer import WrittenFile
 from llama31_core.errors import CheckpointError
 
-MANIFEST_NAME = "manifest.json"
 _FORMAT_VERSION = 1
 
 

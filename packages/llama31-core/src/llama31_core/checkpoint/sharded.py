@@ -10,7 +10,6 @@ mesh it was made for, and a rank of another mesh reads just the bytes it needs, 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from llama31_core.checkpoint.contents import RANK
 from llama31_core.checkpoint.dtypes import BY_NAME, Array
 from llama31_core.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from llama31_core.checkpoint.names import is_training_state, order_key
@@ -30,7 +30,6 @@ from llama31_core.errors import CheckpointError
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
-_RANK = re.compile(r"rank_(0|[1-9][0-9]{0,5})")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class RankLayout:
 
 def rank_directories(path: Path) -> dict[int, Path]:
     """The `rank_N` directories in a directory, by rank."""
-    found = ((_RANK.fullmatch(entry.name), entry) for entry in path.iterdir()) if path.is_dir() else ()
+    found = ((RANK.fullmatch(entry.name), entry) for entry in path.iterdir()) if path.is_dir() else ()
     return dict(sorted((int(match[1]), entry) for match, entry in found if match and entry.is_dir()))
 
 

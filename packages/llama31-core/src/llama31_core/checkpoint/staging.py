@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llama31_core.checkpoint.contents import check_replaceable
 from llama31_core.errors import CheckpointError
+
+
+class DestinationExistsError(CheckpointError):
+    """A destination is taken and was not to be replaced."""
 
 
 def staging_path(destination: Path) -> Path:
@@ -18,13 +23,26 @@ def staging_path(destination: Path) -> Path:
 
 
 def check_destination(destination: Path, *, overwrite: bool = False) -> None:
-    """Raise CheckpointError if `destination` exists (an empty directory does not count) and may not be replaced."""
-    if destination.is_symlink() or destination.is_file():
-        taken = True
-    else:
-        taken = destination.is_dir() and any(destination.iterdir())
-    if taken and not overwrite:
-        raise CheckpointError(f"{destination} exists; give --overwrite to replace it, or another destination")
+    """See that `destination` may be written; an empty directory counts as none.
+
+    Raises:
+        DestinationExistsError: it exists, and `overwrite` is not given.
+        CheckpointError: it is a directory with anything but a checkpoint in it, or one that the process is in.
+    """
+    try:
+        if destination.is_symlink() or destination.is_file():
+            taken = True
+        else:
+            taken = destination.is_dir() and any(destination.iterdir())
+        if taken and not overwrite:
+            raise DestinationExistsError(f"{destination} exists; remove it, or choose another destination")
+        here, place = Path.cwd(), destination.resolve()
+        if place == here or place in here.parents:
+            raise CheckpointError(f"{destination} is the current directory or holds it; choose another destination")
+        if taken and destination.is_dir() and not destination.is_symlink():
+            check_replaceable(destination)
+    except OSError as error:
+        raise write_error(destination, error) from error
 
 
 @contextmanager
@@ -33,14 +51,14 @@ def staged_directory(destination: str | Path, *, overwrite: bool = False, resume
 
     Args:
         destination: the directory to make; its parents are made too.
-        overwrite: replace an existing destination, in the moment of the rename.
+        overwrite: replace an existing checkpoint, in the moment of the rename.
         resume: keep what was written if the block fails, and begin with what an earlier try left.
 
     Raises:
         CheckpointError: the destination exists, cannot be written, or another process is writing it.
     """
     destination = Path(destination).absolute()
-    check_destination(destination, overwrite=overwrite)
+    _check_directory(destination, overwrite)
     part = staging_path(destination)
     with _locked(part):
         try:
@@ -52,6 +70,7 @@ def staged_directory(destination: str | Path, *, overwrite: bool = False, resume
                 if path.is_file():
                     sync(path)
             sync(part)
+            _check_directory(destination, overwrite)  # it may have got other files meanwhile
             _replace(part, destination)
         except BaseException as error:
             if not resume:
@@ -59,6 +78,12 @@ def staged_directory(destination: str | Path, *, overwrite: bool = False, resume
             if isinstance(error, OSError):
                 raise write_error(destination, error) from error
             raise
+
+
+def _check_directory(destination: Path, overwrite: bool) -> None:
+    check_destination(destination, overwrite=overwrite)
+    if destination.is_file() and not destination.is_symlink():
+        raise CheckpointError(f"{destination} is a file, expected a directory")
 
 
 @contextmanager
@@ -125,14 +150,19 @@ def _make_parents(directory: Path) -> list[Path]:
 
 def _replace(part: Path, destination: Path) -> None:
     old = destination.with_name(f".{destination.name}.old")
-    remove_tree(old)
-    replaced = destination.is_symlink() or destination.exists()
-    if replaced:
-        destination.rename(old)
-    part.rename(destination)
-    sync(destination.parent)
-    if replaced:
+    if destination.is_symlink() or destination.exists():
         remove_tree(old)
+        try:
+            destination.rename(old)
+            part.rename(destination)
+        except BaseException:
+            if not (destination.is_symlink() or destination.exists()):
+                old.rename(destination)
+            raise
+    else:
+        part.rename(destination)
+    sync(destination.parent)
+    remove_tree(old)
 
 
 def remove_tree(path: Path) -> None:
