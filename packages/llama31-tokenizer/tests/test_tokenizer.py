@@ -135,6 +135,30 @@ def test_batch_equals_one_by_one(num_threads: int | None, llama3: Tokenizer) -> 
         assert llama3.count(text) == len(ids) - 2
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=FIXTURES_ONCE)
+@given(
+    texts=st.lists(
+        st.text(max_size=30) | st.sampled_from(["", TEXT, "<|begin_of_text", "x<|begin_of_text|>", "\ud800"])
+    )
+)
+@pytest.mark.parametrize("name", ["llama3", "smollm2"])
+def test_many_texts_in_one_call_are_each_encoded_alone(
+    name: str, texts: list[str], request: pytest.FixtureRequest
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    ids, lengths = tokenizer.encode_many_to_numpy(texts)
+    assert ids.dtype == np.int32
+    parts = np.split(ids, np.cumsum(lengths)[:-1]) if texts else []
+    assert [part.tolist() for part in parts] == [tokenizer.encode(text) for text in texts]
+
+
+def test_a_long_text_among_many_is_encoded_as_alone(llama3: Tokenizer) -> None:
+    texts = ["a", "z" * 300_000, "b c"]
+    ids, lengths = llama3.encode_many_to_numpy(texts)
+    assert lengths.tolist() == [len(llama3.encode(text)) for text in texts]
+    assert ids.tolist() == [token for text in texts for token in llama3.encode(text)]
+
+
 def test_batch_arguments(llama3: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="texts is one string"):
         llama3.encode_batch("hello")
