@@ -64,6 +64,7 @@ def test_records_of_another_width_are_refused(tmp_path: Path) -> None:
         ({"seq_length": 8, "vocab_size": "x"}, "no manifest of llama31-data"),
         (GOOD | {"seq_length": 9}, "seq_length 9, the run 8"),
         (GOOD | {"vocab_size": 600}, "600 tokens, the model 512"),
+        (GOOD | {"columns": ["input_ids", "labels", "segment_ids", "position_ids"]}, "records are packed"),
     ],
 )
 def test_data_made_for_something_else_is_refused(manifest: object, message: str, tmp_path: Path) -> None:

@@ -165,6 +165,12 @@ def check_manifest(path: Path, config: ModelConfig, seq_length: int) -> None:
             f"{path}: the data's tokenizer has {manifest['vocab_size']} tokens, the model {config.vocab_size}; "
             f"preprocess again with the model's own tokenizer"
         )
+    packed = set(manifest.get("columns", _COLUMNS)) - set(_COLUMNS)
+    if packed:
+        raise DatasetError(
+            f"{path}: the records are packed (columns {', '.join(sorted(packed))}), and training here would let documents "
+            f"see each other; preprocess without --packing"
+        )
     bos, eos = manifest.get("bos_token_id"), manifest.get("eos_token_id")
     if None not in (bos, config.bos_token_id) and bos != config.bos_token_id:
         raise DatasetError(f"{path}: the data has bos id {bos}, the model {config.bos_token_id}; preprocess again")
