@@ -168,8 +168,8 @@ def check_manifest(path: Path, config: ModelConfig, seq_length: int) -> None:
     packed = set(manifest.get("columns", _COLUMNS)) - set(_COLUMNS)
     if packed:
         raise DatasetError(
-            f"{path}: the records are packed (columns {', '.join(sorted(packed))}), and training here would let documents "
-            f"see each other; preprocess without --packing"
+            f"{path}: the records are packed (they have {', '.join(sorted(packed))}), and training here would let "
+            f"documents see each other; preprocess without --packing"
         )
     bos, eos = manifest.get("bos_token_id"), manifest.get("eos_token_id")
     if None not in (bos, config.bos_token_id) and bos != config.bos_token_id:
