@@ -5,6 +5,7 @@ The same as `llama31-data preprocess`, where some of these flags have to be give
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from llama31_data.cli import main
@@ -18,5 +19,14 @@ _DEFAULTS = (
     "--seq_length=8192",
 )
 
+
+def run() -> int:
+    """Takes the one old flag that means nothing here, and hands on the rest."""
+    old = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    old.add_argument("--tokenizer", choices=("llama3",))
+    _, arguments = old.parse_known_args()
+    return main(["preprocess", *_DEFAULTS, *arguments])
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(["preprocess", *_DEFAULTS, *sys.argv[1:]]))
+    sys.exit(run())

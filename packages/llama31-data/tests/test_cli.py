@@ -52,7 +52,7 @@ def test_an_interrupt_says_how_to_go_on(lab: Any, monkeypatch: Any, capsys: pyte
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_write_rejects", interrupt)
+    monkeypatch.setattr(pipeline, "write_rejects", interrupt)
     assert preprocess(lab) == 1
     assert "interrupted; the same command goes on from here" in capsys.readouterr().err
 

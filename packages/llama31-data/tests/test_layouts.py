@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from llama31_data.encode import EncodedChunk
 from llama31_data.layouts import (
     Block,
+    GiveChunks,
     Layout,
-    Samples,
     bucket_blocks,
     concatenated_blocks,
     default_buckets,
@@ -38,7 +38,7 @@ def chunks_of(lengths: Iterable[list[int]]) -> list[EncodedChunk]:
     return chunks
 
 
-def samples_of(lengths: Iterable[list[int]]) -> tuple[Samples, list[list[int]]]:
+def samples_of(lengths: Iterable[list[int]]) -> tuple[GiveChunks, list[list[int]]]:
     chunks = chunks_of(lengths)
     expected = [part.tolist() for chunk in chunks for part in np.split(chunk.tokens, np.cumsum(chunk.lengths)[:-1])]
     return lambda: chunks, expected
@@ -139,7 +139,9 @@ def test_concatenated_is_the_stream_cut_evenly(lengths: list[list[int]]) -> None
 
 
 @pytest.mark.parametrize("blocks_of", [padded_blocks, packed_blocks, concatenated_blocks])
-def test_large_inputs_come_in_blocks_of_bounded_size(blocks_of: Callable[[Samples, Layout], Iterator[Block]]) -> None:
+def test_large_inputs_come_in_blocks_of_bounded_size(
+    blocks_of: Callable[[GiveChunks, Layout], Iterator[Block]],
+) -> None:
     samples, _ = samples_of([[1000] * 500] * 6)
     sizes = [block["input_ids"].size for block in blocks_of(samples, Layout("x", 999, PAD))]
     assert sum(sizes) == 3_000_000

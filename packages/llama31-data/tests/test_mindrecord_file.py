@@ -29,7 +29,7 @@ def test_equal_records_give_equal_bytes_wherever_and_however_they_are_written(tm
     contents = []
     for name, block in (("a", 100), ("b", 7), ("c", 1)):
         (tmp_path / name).mkdir()
-        written = write_set(tmp_path / name / "x.mindrecord", COLUMNS, blocks(100, block))
+        written = write_set(tmp_path / name / "x.mindrecord", COLUMNS, blocks(100, block), width=17)
         assert (written.num_records, written.records_by_width) == (100, {17: 100})
         contents.append(content(tmp_path / name / "x.mindrecord"))
     assert contents[0] == contents[1] == contents[2]
@@ -44,9 +44,10 @@ def test_a_set_of_files_is_the_one_filewriter_writes(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (block,) = blocks(99, 99)
     in_turn = {name: np.concatenate(np.stack(np.split(block[name], 3), axis=1)) for name in COLUMNS}
-    write_set(tmp_path / "ours" / "x.mindrecord", COLUMNS, [in_turn], num_files=3)
+    write_set(tmp_path / "ours" / "x.mindrecord", COLUMNS, [in_turn], num_files=3, width=17)
     writer = FileWriter(str(tmp_path / "theirs" / "x.mindrecord"), 3)
     writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in COLUMNS}, "llama31")
+    writer.set_page_size(4 << 20)
     writer.write_raw_data([dict(zip(COLUMNS, row, strict=True)) for row in zip(*block.values(), strict=True)])
     writer.commit()
     assert content(tmp_path / "ours" / "x") == content(tmp_path / "theirs" / "x")
@@ -56,7 +57,7 @@ def test_a_set_of_files_is_the_one_filewriter_writes(tmp_path: Path) -> None:
 def test_opening_one_file_of_a_set_reads_every_record(tmp_path: Path, num_files: int) -> None:
     import mindspore.dataset as ds
 
-    written = write_set(tmp_path / "x.mindrecord", COLUMNS, blocks(100, 7), num_files)
+    written = write_set(tmp_path / "x.mindrecord", COLUMNS, blocks(100, 7), num_files, width=17)
     (expected,) = blocks(100, 100)
     for file in written.files:
         dataset = ds.MindDataset(str(file), list(COLUMNS), shuffle=False)
@@ -65,7 +66,7 @@ def test_opening_one_file_of_a_set_reads_every_record(tmp_path: Path, num_files:
 
 
 def test_files_are_as_readable_as_the_umask_lets_them_be(tmp_path: Path) -> None:
-    written = write_set(tmp_path / "x.mindrecord", COLUMNS, blocks(1, 1))
+    written = write_set(tmp_path / "x.mindrecord", COLUMNS, blocks(1, 1), width=17)
     (tmp_path / "plain").touch()
     assert written.files[0].stat().st_mode == (tmp_path / "plain").stat().st_mode
 

@@ -103,8 +103,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(lab: Any, big_input:
     assert lab.snapshot() == expected
 
 
+@pytest.mark.parametrize("shards", [1, 2])
 def test_a_resumed_run_encodes_only_what_is_missing_or_changed(
-    lab: Any, big_input: list[str], monkeypatch: pytest.MonkeyPatch
+    lab: Any, big_input: list[str], monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
     from llama31_data import pipeline
     from llama31_data.encode import Encoder
@@ -117,9 +118,9 @@ def test_a_resumed_run_encodes_only_what_is_missing_or_changed(
         return original(self, chunk)
 
     monkeypatch.setattr(Encoder, "encode", spy)
-    options = {"input_glob": tuple(big_input), "seq_length": 512, "packing": True}
+    options = {"input_glob": tuple(big_input), "seq_length": 512, "packing": True, "shards": shards}
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_rejects", interrupt)
+        patch.setattr(pipeline, "write_rejects", interrupt)
         with pytest.raises(KeyboardInterrupt):
             lab.run(**options)
     assert encoded == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
@@ -135,6 +136,9 @@ def test_a_resumed_run_encodes_only_what_is_missing_or_changed(
     assert encoded == [(0, 2), (1, 1), (1, 2)]
     assert manifest.counts["rejected"] == 3
     assert not spool.exists()
+    resumed = lab.snapshot()
+    lab.run(**options, overwrite=True)
+    assert lab.snapshot() == resumed
     lines[-1] = lines[-1].replace("Instruction", "instruction")
     Path(big_input[1]).write_text("".join(lines), encoding="utf-8")
 
@@ -147,7 +151,7 @@ def test_other_options_do_not_take_up_what_was_left(lab: Any, big_input: list[st
     from llama31_data import pipeline
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_rejects", interrupt)
+        patch.setattr(pipeline, "write_rejects", interrupt)
         with pytest.raises(KeyboardInterrupt):
             lab.run(input_glob=tuple(big_input), seq_length=64)
     manifest = lab.run(input_glob=tuple(big_input), seq_length=128)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama31_data.alpaca import prompt_and_answer
 from llama31_data.errors import DataError, RecordError
-from llama31_data.templates import Encoded, load_template
-from llama31_tokenizer import Tokenizer
+from llama31_data.samples import Encoded
+from llama31_data.templates import HeaderTemplate, load_template
+from llama31_tokenizer import ChatFormat, Tokenizer
 
 conversation = pytest.importorskip("fastchat.conversation")
 
@@ -145,6 +147,21 @@ def test_any_text_in_any_turn_keeps_the_mask(llama3: Tokenizer, name: str, texts
     for text, answer in zip(trained_texts(llama3, encoded), answers, strict=True):
         assert answer in text
         assert len(text) <= len(answer) + len(" <|end_of_text|>")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(words, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0), st.booleans())
+def test_many_at_once_are_the_tokenizer_s_own_format(llama3: Tokenizer, texts: list[str], system: bool) -> None:
+    messages = [{"role": "system", "content": texts[0]}] * system + dialog(*texts)
+    template = load_template("chat", llama3)
+    assert isinstance(template, HeaderTemplate)
+    dialogs = [messages, dialog("q", "a"), messages]
+    expected = [ChatFormat(llama3).encode_dialog(each) for each in dialogs]
+    found = template.encode_many(dialogs)
+    ids = [part.tolist() for part in np.split(found.tokens, np.cumsum(found.lengths)[:-1])]
+    trained = [np.flatnonzero(part).tolist() for part in np.split(found.trained, np.cumsum(found.lengths)[:-1])]
+    assert ids == [each.ids for each in expected]
+    assert trained == [[i for low, high in each.assistant_spans for i in range(low, high)] for each in expected]
 
 
 def test_names_of_special_tokens_in_messages_never_become_special_ids(llama3: Tokenizer) -> None:

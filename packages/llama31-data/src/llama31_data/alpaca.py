@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ PROMPT_NO_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+# What stands around the fields, in a record's hot path.
+_BEFORE_BOTH, _BETWEEN, _AFTER = re.split(r"\{\w+\}", PROMPT_WITH_INPUT)
+_BEFORE_ALONE, _AFTER_ALONE = re.split(r"\{\w+\}", PROMPT_NO_INPUT)
 
 
 def prompt_and_answer(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -36,8 +40,8 @@ def prompt_and_answer(record: Mapping[str, Any]) -> tuple[str, str]:
     if context is not None and not isinstance(context, str):
         raise RecordError(f"field 'input' is a {type(context).__name__}, expected text")
     if context:
-        return PROMPT_WITH_INPUT.format(instruction=instruction, input=context), answer
-    return PROMPT_NO_INPUT.format(instruction=instruction), answer
+        return f"{_BEFORE_BOTH}{instruction}{_BETWEEN}{context}{_AFTER}", answer
+    return f"{_BEFORE_ALONE}{instruction}{_AFTER_ALONE}", answer
 
 
 def conversation(record: Mapping[str, Any], number: int) -> dict[str, Any]:

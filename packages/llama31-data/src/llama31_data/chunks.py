@@ -6,6 +6,7 @@ the output of a run is the same however it was spread, killed and resumed.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -54,21 +55,21 @@ def iter_chunks(source_number: int, source: Source) -> Iterator[Chunk]:
 
 
 def _grouped(source_number: int, records: Iterable[_Raw]) -> Iterator[Chunk]:
+    held: list[_Raw] = []
     number, size_bytes = 0, 0
-    lines: list[int] = []
-    payloads: list[Any] = []
-    digest = hashlib.sha256()
-    for line, payload, identity in records:
-        lines.append(line)
-        payloads.append(payload)
-        digest.update(identity)
-        digest.update(b"\n")
-        size_bytes += len(identity)
-        if len(lines) == MAX_RECORDS or size_bytes >= MAX_BYTES:
-            yield Chunk(ChunkId(source_number, number), digest.hexdigest(), lines, payloads)
-            number, size_bytes, lines, payloads, digest = number + 1, 0, [], [], hashlib.sha256()
-    if lines:
-        yield Chunk(ChunkId(source_number, number), digest.hexdigest(), lines, payloads)
+    for record in records:
+        held.append(record)
+        size_bytes += len(record[2])
+        if len(held) == MAX_RECORDS or size_bytes >= MAX_BYTES:
+            yield _chunk(ChunkId(source_number, number), held)
+            number, size_bytes, held = number + 1, 0, []
+    if held:
+        yield _chunk(ChunkId(source_number, number), held)
+
+
+def _chunk(id: ChunkId, records: list[_Raw]) -> Chunk:
+    lines, payloads, identities = zip(*records, strict=True)
+    return Chunk(id, hashlib.sha256(b"\n".join(identities)).hexdigest(), list(lines), list(payloads))
 
 
 def _array(source: Source) -> Iterator[_Raw]:
@@ -80,7 +81,7 @@ def _array(source: Source) -> Iterator[_Raw]:
 def _lines(source: Source) -> Iterator[_Raw]:
     with open_binary(source) as stream:
         for number, line in enumerate(stream, start=1):
-            stripped = line.strip()
+            stripped = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
             if stripped:
                 yield _Raw(number, stripped, stripped)
 

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from llama31_data.chunks import Chunk
 from llama31_data.errors import DataError, RecordError
+from llama31_data.samples import Encoded, Samples, fit_samples, join_samples
 from llama31_data.schemas import checked_schema, to_dialog
-from llama31_data.templates import Encoded, load_template
+from llama31_data.templates import HeaderTemplate, load_template
 from llama31_data.wikitext import clean_wikitext, is_heading
 from llama31_tokenizer import Tokenizer
 from llama31_tokenizer.errors import TokenizerError
@@ -45,6 +43,11 @@ class Recipe:
     split_long: bool
 
 
+_JSON = json.JSONDecoder()
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
 class Reject(NamedTuple):
     """A record that was not used."""
 
@@ -53,19 +56,9 @@ class Reject(NamedTuple):
 
 
 @dataclass
-class EncodedChunk:
-    """Samples of one chunk, end to end.
+class EncodedChunk(Samples):
+    """Samples of one chunk, what was not used, and what happened to records, turns and tokens (see manifest)."""
 
-    Attributes:
-        tokens: int32, (total,).
-        trained: bool, (total,); whether a token is a target. The first of a sample never is: nothing predicts it.
-        lengths: int32, (samples,); they add up to total.
-        counts: what happened to records, turns and tokens (see manifest).
-    """
-
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-    lengths: NDArray[np.int32]
     rejects: list[Reject] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -80,59 +73,50 @@ class Encoder:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.tokenizer = load_tokenizer(recipe.model_file)
-        self._encode: Callable[[Any], Encoded]
-        if recipe.kind == "qa":
-            self._template = load_template(recipe.template, self.tokenizer)
-            self._encode = self._conversation
-        else:
-            self._encode = self._text
+        self._template = load_template(recipe.template, self.tokenizer) if recipe.kind == "qa" else None
+        self._limit = None if recipe.seq_length is None else recipe.seq_length + 1
         self._counts: Counter[str] = Counter()
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """All samples of a chunk; records that cannot be used become rejects."""
         self._counts = Counter(read=len(chunk.lines))
-        ids: list[int] = []
-        lengths: list[int] = []
-        spans: list[tuple[int, int]] = []
         rejects: list[Reject] = []
-        for line, payload in zip(chunk.lines, chunk.payloads, strict=True):
-            try:
-                sample = self._encode(payload)
-                if not sample.ids:
-                    continue
-                if all(stop <= start for start, stop in sample.spans):
-                    raise RecordError("its answers are empty and the template has no end of turn: nothing to train on")
-                pieces = self._fit(sample)
-            except RecordError as error:
-                rejects.append(Reject(line, str(error)))
-                continue
-            for piece in pieces:
-                base = len(ids)
-                spans += [(base + max(start, 1), base + stop) for start, stop in piece.spans]
-                ids += piece.ids
-                lengths.append(len(piece.ids))
-        trained = np.zeros(len(ids), np.bool_)
-        for start, stop in spans:
-            trained[start:stop] = True
+        if self._template is None:
+            lines, texts = _each(chunk.lines, chunk.payloads, self._text, rejects)
+            samples = join_samples([self._encode_text(text) for text in texts])
+        else:
+            lines, dialogs = _each(chunk.lines, chunk.payloads, self._dialog, rejects)
+            if dialogs and isinstance(self._template, HeaderTemplate):
+                samples = self._template.encode_many(dialogs)
+            else:
+                lines, encoded = _each(lines, dialogs, self._template.encode, rejects)
+                samples = join_samples(encoded)
+        fitted = fit_samples(samples, self._limit, split=self.recipe.split_long)
+        rejects += [Reject(lines[number], reason) for number, reason in fitted.lost]
+        samples = fitted.samples
+        self._counts.update(fitted.counts)
         self._counts.update(
-            rejected=len(rejects), samples=len(lengths), tokens=len(ids), label_tokens=int(trained.sum())
+            rejected=len(rejects),
+            samples=len(samples.lengths),
+            tokens=len(samples.tokens),
+            label_tokens=int(samples.trained.sum()),
         )
-        return EncodedChunk(np.array(ids, np.int32), trained, np.array(lengths, np.int32), rejects, dict(self._counts))
+        return EncodedChunk(samples.tokens, samples.trained, samples.lengths, sorted(rejects), {**self._counts})
 
-    def _conversation(self, payload: Any) -> Encoded:
+    def _dialog(self, payload: Any) -> list[dict[str, str]]:
         record = parse_payload(payload)
         messages, dropped = to_dialog(record, checked_schema(record, self.recipe.schema))
         if dropped:
             self._counts["dropped_turns"] += dropped
-        return self._template.encode(messages)
+        return messages
 
-    def _text(self, payload: Any) -> Encoded:
-        """A paragraph of a plain file, cleaned as MindFormers does, or the text of a record, as it is."""
+    def _text(self, payload: Any) -> str | None:
+        """A paragraph of a plain file, cleaned as MindFormers does, or the text of a record, as it is. No headings."""
         if isinstance(payload, str):
             text = clean_wikitext("\n" + payload).strip("\n")
             if is_heading(text):
                 self._counts["headings"] += 1
-                return Encoded([], [])
+                return None
         else:
             record = parse_payload(payload)
             schema = checked_schema(record, self.recipe.schema)
@@ -143,35 +127,30 @@ class Encoder:
                 raise RecordError(f"field 'text' is a {type(text).__name__}, expected text")
         if not text:
             raise RecordError("text is empty")
-        ids = self.tokenizer.encode(text, bos=self.tokenizer.bos_id is not None, eos=self.tokenizer.eos_id is not None)
+        return text
+
+    def _encode_text(self, text: str) -> Encoded:
+        """A text between begin- and end-of-text, where the vocabulary has them, all of it trained on."""
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode(text, bos=tokenizer.bos_id is not None, eos=tokenizer.eos_id is not None)
         return Encoded(ids, [(0, len(ids))])
 
-    def _fit(self, sample: Encoded) -> list[Encoded]:
-        """The sample within `seq_length + 1` tokens: as it is, without its end, or in pieces."""
-        if self.recipe.seq_length is None or len(sample.ids) <= self.recipe.seq_length + 1:
-            return [sample]
-        limit = self.recipe.seq_length + 1
-        starts = range(0, len(sample.ids), limit) if self.recipe.split_long else (0,)
-        pieces = [_cut(sample, start, start + limit) for start in starts]
-        kept = [piece for piece in pieces if any(stop > max(start, 1) for start, stop in piece.spans)]
-        if not kept:
-            raise RecordError(
-                f"its first {limit} tokens (seq_length + 1) have no answer in them, of {len(sample.ids)} in all"
-            )
-        if self.recipe.split_long:
-            self._counts["split"] += 1
-            self._counts["dropped_tokens"] += sum(len(piece.ids) for piece in pieces) - sum(len(p.ids) for p in kept)
-        else:
-            self._counts["truncated"] += 1
-            self._counts["dropped_tokens"] += len(sample.ids) - limit
-        return kept
 
-
-def _cut(sample: Encoded, low: int, high: int) -> Encoded:
-    spans = [
-        (max(start, low) - low, min(stop, high) - low) for start, stop in sample.spans if start < high and stop > low
-    ]
-    return Encoded(sample.ids[low:high], spans)
+def _each(
+    lines: Sequence[int], items: Sequence[_T], work: Callable[[_T], _R | None], rejects: list[Reject]
+) -> tuple[list[int], list[_R]]:
+    """`work` of each item, and its line. What it raises becomes a reject; None is passed over."""
+    done_lines, done = [], []
+    for line, item in zip(lines, items, strict=True):
+        try:
+            result = work(item)
+        except RecordError as error:
+            rejects.append(Reject(line, str(error)))
+            continue
+        if result is not None:
+            done_lines.append(line)
+            done.append(result)
+    return done_lines, done
 
 
 def parse_payload(payload: Any) -> Any:
@@ -183,7 +162,9 @@ def parse_payload(payload: Any) -> Any:
     if not isinstance(payload, bytes):
         return payload
     try:
-        return json.loads(payload)
+        text = payload.decode()
+        value, end = _JSON.raw_decode(text)
+        return value if end == len(text) else _JSON.decode(text)  # which says what is wrong with the rest
     except json.JSONDecodeError as error:
         raise RecordError(f"not JSON: {error.msg} at column {error.colno}") from error
     except UnicodeDecodeError as error:

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from llama31_data.errors import DataError, RecordError
-from llama31_data.templates import Encoded
+from llama31_data.samples import Encoded
 from llama31_tokenizer import Tokenizer
 
 _SYSTEM_SLOT = "system"

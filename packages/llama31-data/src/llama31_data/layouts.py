@@ -21,7 +21,7 @@ _BLOCK_TOKENS = 1 << 20
 Block = dict[str, NDArray[np.int32]]
 """Column name -> (records, record length)."""
 
-Samples = Callable[[], Iterable[EncodedChunk]]
+GiveChunks = Callable[[], Iterable[EncodedChunk]]
 """Gives the run's chunks from the first one, each time it is called."""
 
 
@@ -54,13 +54,13 @@ def default_buckets(seq_length: int) -> tuple[int, ...]:
     return (*(length for length in lengths if length < seq_length), seq_length)
 
 
-def padded_blocks(samples: Samples, layout: Layout) -> Iterator[Block]:
+def padded_blocks(samples: GiveChunks, layout: Layout) -> Iterator[Block]:
     """One record a sample, filled up with `pad_id`."""
     for chunk in samples():
         yield from _padded(chunk, np.arange(len(chunk.lengths)), layout.seq_length + 1, layout.pad_id)
 
 
-def bucket_blocks(samples: Samples, layout: Layout) -> Iterator[Block]:
+def bucket_blocks(samples: GiveChunks, layout: Layout) -> Iterator[Block]:
     """One record a sample, filled up to the shortest bucket that holds it; all of a bucket before the next one."""
     shorter = 0
     for bucket in layout.buckets:
@@ -86,7 +86,7 @@ def _padded(chunk: EncodedChunk, rows: NDArray[np.intp], width: int, pad_id: int
         yield {"input_ids": ids, "labels": targets}
 
 
-def concatenated_blocks(samples: Samples, layout: Layout) -> Iterator[Block]:
+def concatenated_blocks(samples: GiveChunks, layout: Layout) -> Iterator[Block]:
     """All samples as one stream, cut every seq_length + 1 tokens, all trained on; what is left over is dropped."""
     width = layout.seq_length + 1
     held: list[NDArray[np.int32]] = []
@@ -108,7 +108,7 @@ def _stream_block(stream: NDArray[np.int32], width: int) -> Block:
     return {"input_ids": rows, "labels": rows}
 
 
-def repeated(samples: Samples, times: int) -> Samples:
+def repeated(samples: GiveChunks, times: int) -> GiveChunks:
     """`samples`, `times` times over."""
 
     def chunks() -> Iterator[EncodedChunk]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from llama31_data.chunks import Chunk, iter_chunks
+from llama31_data.builder import Builder, start_worker
+from llama31_data.chunks import Chunk, ChunkId, iter_chunks
 from llama31_data.encode import Recipe, encoder_for
 from llama31_data.errors import ResumableError
 from llama31_data.sources import Source
@@ -24,7 +24,8 @@ from llama31_data.work import SetReport, SetTask, build_set, encode_into
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-_PR_SET_PDEATHSIG = 1
+_ENCODER_NICENESS = 4
+_AHEAD = 64  # items under way at least: workers have something to do while MindSpore is loaded to write
 
 
 class LocalEngine:
@@ -40,6 +41,15 @@ class LocalEngine:
         work: Callable[[Chunk], ChunkReport] = partial(encode_into, spool, recipe)
         return _in_order(work, chunks, self._workers)
 
+    def build_behind(self, ids: Iterator[ChunkId], task: SetTask) -> SetReport:
+        """Builds the one set of a run while its chunks come from `encode`."""
+        if self._workers == 1:
+            return build_set(replace(task, chunks=ids))
+        with Builder(task, _context()) as builder:
+            for id in ids:
+                builder.add(id)
+            return builder.finish()
+
     def build(self, tasks: list[SetTask]) -> Iterator[SetReport]:
         """See `Engine.build`."""
         return _in_order(build_set, tasks, min(self._workers, len(tasks)))
@@ -50,12 +60,12 @@ def _in_order(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> It
     if workers == 1:
         yield from map(work, items)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=start_worker, initargs=(_ENCODER_NICENESS,))
     pending: deque[Future[_R]] = deque()
     try:
         for item in items:
             pending.append(pool.submit(work, item))
-            if len(pending) > 2 * workers:
+            if len(pending) > max(_AHEAD, 4 * workers):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -71,9 +81,3 @@ def _context() -> multiprocessing.context.BaseContext:
     """fork shares the loaded vocabulary and starts at once, but is not safe beside threads (MindSpore has some)."""
     forks = threading.active_count() == 1 and "mindspore" not in sys.modules
     return multiprocessing.get_context("fork" if forks else "spawn")
-
-
-def _start_worker() -> None:
-    """Ctrl-C is for the parent to handle; a parent that is killed takes its workers along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

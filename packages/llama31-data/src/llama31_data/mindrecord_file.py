@@ -24,6 +24,8 @@ from llama31_data.layouts import Block
 INDEX_SUFFIX = ".db"
 _DESCRIPTION = "llama31"
 _SIZE_BYTES = 8
+_PAGE_BYTES = 4 << 20  # FileWriter's default is 32 MiB, and half as slow again; a record has to fit a page
+_LARGE_PAGE_BYTES = 64 << 20
 
 
 class Written(NamedTuple):
@@ -54,13 +56,16 @@ def check_name(path: Path) -> None:
         raise DataError(f"--output_file {path}: MindRecord does not take a file name with {shown}; choose another name")
 
 
-def write_set(path: Path, columns: Sequence[str], blocks: Iterable[Block], num_files: int = 1) -> Written:
+def write_set(
+    path: Path, columns: Sequence[str], blocks: Iterable[Block], num_files: int = 1, *, width: int
+) -> Written:
     """Writes a MindRecord set. Files that are there are replaced.
 
     Args:
         path: of the set; with several files each gets its number behind this name.
         columns: int32 columns that every block has.
         num_files: among how many files the records are dealt out in turn.
+        width: of the longest record, in tokens.
 
     Raises:
         DataError: MindSpore could not write, for instance for want of disk space.
@@ -78,6 +83,7 @@ def write_set(path: Path, columns: Sequence[str], blocks: Iterable[Block], num_f
         writers: list[Any] = [FileWriter(str(file)) for file in files]
         for writer in writers:
             writer.add_schema(schema, _DESCRIPTION)
+            writer.set_page_size(_PAGE_BYTES if width * len(columns) * 4 <= _PAGE_BYTES // 4 else _LARGE_PAGE_BYTES)
         for block in blocks:
             rows = [
                 dict(zip(columns, row, strict=True)) for row in zip(*(block[name] for name in columns), strict=True)
@@ -86,8 +92,8 @@ def write_set(path: Path, columns: Sequence[str], blocks: Iterable[Block], num_f
                 if part := rows[(number - num_records) % num_files :: num_files]:
                     writer.write_raw_data(part)
             num_records += len(rows)
-            width = block[columns[0]].shape[1]
-            records_by_width[width] = records_by_width.get(width, 0) + len(rows)
+            block_width = block[columns[0]].shape[1]
+            records_by_width[block_width] = records_by_width.get(block_width, 0) + len(rows)
         if num_files > max(1, num_records):
             raise DataError(f"--file_partition is {num_files}, but {path.name} has {num_records} records to deal out")
         for writer in writers:

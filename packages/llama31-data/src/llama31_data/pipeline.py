@@ -1,28 +1,28 @@
 """A whole run: options in, a MindRecord output with its manifest out, or nothing.
 
-Encode every chunk into the spool (parallel), build every set from it (parallel by shard), write manifest and rejects,
-move everything into place. See workspace.py for what a killed run leaves, and chunks.py for why it ends the same.
+Encode every chunk into the spool (parallel), build every set from it (behind the encoding, or parallel by shard), write
+manifest and rejects, move everything into place. See workspace.py for what a killed run leaves, and chunks.py for why
+it ends the same.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import llama31_data
 from llama31_data.chunks import ChunkId
 from llama31_data.encode import Encoder, encoder_for
 from llama31_data.errors import DataError, ResumableError
+from llama31_data.finish import make_manifest, write_rejects
+from llama31_data.layouts import Layout
 from llama31_data.local_engine import LocalEngine
 from llama31_data.manifest import (
-    FORMAT_VERSION,
     Manifest,
     check_files,
-    describe_file,
     load_manifest,
     manifest_path,
     write_atomically,
@@ -30,20 +30,17 @@ from llama31_data.manifest import (
 from llama31_data.options import PreprocessOptions
 from llama31_data.sources import Source, find_sources
 from llama31_data.spool import ChunkReport, Spool
-from llama31_data.work import Engine, SetReport, SetTask
+from llama31_data.work import BUILT_SUFFIX, Engine, SetTask
 from llama31_data.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 REJECTS_SUFFIX = ".rejects.jsonl"
 
-Progress = Callable[[str, int], object]
-"""Called with what was done ("records" or "sets") and how many more of it."""
-
-_UNREPEATED = ("read", "rejected", "headings", "dropped_turns")
-_COUNTS = (*_UNREPEATED, "samples", "truncated", "split", "dropped_tokens", "tokens", "label_tokens")
+Progress = Callable[[int], object]
+"""Called with how many more records were read."""
 
 
-def preprocess(options: PreprocessOptions, progress: Progress = lambda what, number: None) -> Manifest:
+def preprocess(options: PreprocessOptions, progress: Progress = lambda records: None) -> Manifest:
     """Runs the pipeline, or goes on with a run of the same options that was killed.
 
     Raises:
@@ -59,7 +56,7 @@ def preprocess(options: PreprocessOptions, progress: Progress = lambda what, num
     with workspace.open(_fingerprint(options, sources, encoder)):
         if not workspace.is_ready:
             try:
-                _build(options, sources, encoder, workspace, progress)
+                _Run(options, sources, encoder, workspace, progress).execute()
             except DataError as error:
                 if not isinstance(error, ResumableError):
                     workspace.discard()
@@ -92,65 +89,114 @@ def _fingerprint(options: PreprocessOptions, sources: list[Source], encoder: Enc
     }
 
 
-def _build(
-    options: PreprocessOptions, sources: list[Source], encoder: Encoder, workspace: Workspace, progress: Progress
-) -> None:
-    engine = _engine(options)
-    reports = _encode_all(options, sources, engine, workspace, progress)
-    counts = Counter[str]()
-    for report in reports:
-        counts.update(report.counts)
-    if not counts["samples"]:
-        raise DataError(_nothing_left(reports, sources, options))
-    layout = options.layout(_pad_id(options, encoder))
-    tasks = [
-        SetTask(workspace.chunks, tuple(ids), layout, options.repeat, workspace.files / name, options.file_partition)
-        for name, ids in _shards(options, reports)
-    ]
-    built = []
-    for report_of_set in engine.build(tasks):
-        built.append(report_of_set)
-        progress("sets", 1)
-    rejects = workspace.files / f"{workspace.output.name}{REJECTS_SUFFIX}"
-    _write_rejects(rejects, reports, sources, Spool(workspace.chunks))
-    manifest = _manifest(options, sources, encoder, counts, built, rejects)
-    path = workspace.files / manifest_path(workspace.output).name
-    write_atomically(path, manifest.to_json())
-    workspace.mark_ready([entry.name for entry in manifest.files] + [path.name])
+@dataclass
+class _Run:
+    """From sources to a workspace that is ready to be published."""
 
+    options: PreprocessOptions
+    sources: list[Source]
+    encoder: Encoder
+    workspace: Workspace
+    progress: Progress
+    reports: list[ChunkReport] = field(default_factory=list)
 
-def _engine(options: PreprocessOptions) -> Engine:
-    if options.engine == "ray":
-        from llama31_data.ray_engine import RayEngine
+    def execute(self) -> None:
+        """Encodes, builds, and writes what goes beside the sets."""
+        engine = self._engine()
+        layout = self.options.layout(_pad_id(self.options, self.encoder))
+        encoded = self._watch(engine.encode(self.sources, self.options.recipe, self.workspace.chunks))
+        if isinstance(engine, LocalEngine) and self._builds_while_encoding(layout):
+            self._forget_sets()
+            built = [engine.build_behind(encoded, self._task(self.workspace.output.name, (), layout))]
+        else:
+            for _ in encoded:
+                pass
+            self._check_samples()
+            if any(report.is_new for report in self.reports):
+                self._forget_sets()
+            built = list(engine.build(self._tasks(layout)))
+        self._check_samples()
+        output = self.workspace.output
+        rejects = self.workspace.files / f"{output.name}{REJECTS_SUFFIX}"
+        write_rejects(rejects, self.reports, self.sources, Spool(self.workspace.chunks))
+        tokenizer, counts = self.encoder.tokenizer, self._counts()
+        manifest = make_manifest(self.options, self.sources, tokenizer, layout, counts, built, rejects)
+        path = self.workspace.files / manifest_path(output).name
+        write_atomically(path, manifest.to_json())
+        self.workspace.mark_ready([entry.name for entry in manifest.files] + [path.name])
 
-        return RayEngine(options.workers)
-    return LocalEngine(options.workers)
+    def _engine(self) -> Engine:
+        if self.options.engine == "ray":
+            from llama31_data.ray_engine import RayEngine
 
+            return RayEngine(self.options.workers)
+        return LocalEngine(self.options.workers)
 
-def _encode_all(
-    options: PreprocessOptions, sources: list[Source], engine: Engine, workspace: Workspace, progress: Progress
-) -> list[ChunkReport]:
-    reports = []
-    for report in engine.encode(sources, options.recipe, workspace.chunks):
-        if options.strict and report.first_reject:
-            path = sources[report.id.source].path
-            raise DataError(f"{path}:{report.first_reject.line}: {report.first_reject.reason} (--strict)")
-        reports.append(report)
-        progress("records", report.counts["read"])
-    return reports
+    def _watch(self, encoded: Iterator[ChunkReport]) -> Iterator[ChunkId]:
+        """Notes every report on its way; the first bad record of a strict run ends it."""
+        for report in encoded:
+            if self.options.strict and report.first_reject:
+                raise DataError(f"{self._why(report)} (--strict)")
+            self.reports.append(report)
+            self.progress(report.counts["read"])
+            yield report.id
 
+    def _builds_while_encoding(self, layout: Layout) -> bool:
+        """Whether the chunks of the one set are needed in the order in which they come, and each but once."""
+        return self.options.shards == self.options.repeat == 1 and layout.kind != "buckets"
 
-def _nothing_left(reports: list[ChunkReport], sources: list[Source], options: PreprocessOptions) -> str:
-    read = sum(report.counts["read"] for report in reports)
-    first = next(((report, report.first_reject) for report in reports if report.first_reject), None)
-    if not first:
-        return f"{', '.join(str(source.path) for source in sources[:3])}: no record in it, nothing to write"
-    report, reject = first
-    hint = "; a larger --seq_length is needed" if "seq_length + 1" in reject.reason else ""
-    return (
-        f"none of {read} records can be used at --seq_length {options.seq_length}, the first because "
-        f"{sources[report.id.source].path}:{reject.line}: {reject.reason}{hint}"
-    )
+    def _forget_sets(self) -> None:
+        """Sets that an earlier run built may have been from other records."""
+        for path in self.workspace.files.glob(f"*{BUILT_SUFFIX}"):
+            path.unlink()
+
+    def _tasks(self, layout: Layout) -> list[SetTask]:
+        return [self._task(name, ids, layout) for name, ids in self._shards()]
+
+    def _task(self, name: str, ids: Iterable[ChunkId], layout: Layout) -> SetTask:
+        options = self.options
+        path = self.workspace.files / name
+        return SetTask(self.workspace.chunks, ids, layout, options.repeat, path, options.file_partition)
+
+    def _shards(self) -> Iterator[tuple[str, tuple[ChunkId, ...]]]:
+        """Name and chunks of each set; chunks are dealt out in turn."""
+        name, shards = self.workspace.output.name, self.options.shards
+        if shards == 1:
+            yield name, tuple(report.id for report in self.reports)
+            return
+        if shards > len(self.reports):
+            raise DataError(
+                f"--shards is {shards}, but the input has {len(self.reports)} chunks (of up to 1,024 records); "
+                f"allowed are 1 to {len(self.reports)}"
+            )
+        for shard in range(shards):
+            yield f"{name}-{shard:05d}-of-{shards:05d}", tuple(report.id for report in self.reports[shard::shards])
+
+    def _counts(self) -> Counter[str]:
+        counts = Counter[str]()
+        for report in self.reports:
+            counts.update(report.counts)
+        return counts
+
+    def _check_samples(self) -> None:
+        """A run without samples is an error that says why the first record was not used."""
+        counts = self._counts()
+        if counts["samples"]:
+            return
+        rejecting = next((report for report in self.reports if report.first_reject), None)
+        if rejecting is None:
+            names = ", ".join(str(source.path) for source in self.sources[:3])
+            raise DataError(f"{names}: no record in it, nothing to write")
+        why = self._why(rejecting)
+        hint = "; a larger --seq_length is needed" if "seq_length + 1" in why else ""
+        raise DataError(
+            f"none of {counts['read']} records can be used at --seq_length {self.options.seq_length}, the first "
+            f"because {why}{hint}"
+        )
+
+    def _why(self, report: ChunkReport) -> str:
+        assert report.first_reject is not None
+        return f"{self.sources[report.id.source].path}:{report.first_reject.line}: {report.first_reject.reason}"
 
 
 def _pad_id(options: PreprocessOptions, encoder: Encoder) -> int:
@@ -163,75 +209,3 @@ def _pad_id(options: PreprocessOptions, encoder: Encoder) -> int:
                 )
             return candidate
     raise DataError(f"--model_file {options.model_file}: has no pad and no end-of-text token; give --pad_id")
-
-
-def _shards(options: PreprocessOptions, reports: list[ChunkReport]) -> Iterator[tuple[str, list[ChunkId]]]:
-    """Name and chunks of each set; chunks are dealt out in turn."""
-    name = Path(options.output_file).name
-    if options.shards > len(reports):
-        raise DataError(
-            f"--shards is {options.shards}, but the input has {len(reports)} chunks (of up to 1,024 records); "
-            f"allowed are 1 to {len(reports)}"
-        )
-    for shard in range(options.shards):
-        ids = [report.id for report in reports[shard :: options.shards]]
-        yield (name if options.shards == 1 else f"{name}-{shard:05d}-of-{options.shards:05d}"), ids
-
-
-def _write_rejects(path: Path, reports: list[ChunkReport], sources: list[Source], spool: Spool) -> None:
-    """One JSON object a line for every record that was not used; no file if there is none."""
-    path.unlink(missing_ok=True)
-    rejecting = [report for report in reports if report.first_reject]
-    if not rejecting:
-        return
-    with path.open("w", encoding="utf-8") as file:
-        for report in rejecting:
-            name = sources[report.id.source].path.name
-            for line, reason in spool.load(report.id).rejects:
-                file.write(json.dumps({"file": name, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
-
-
-def _manifest(
-    options: PreprocessOptions,
-    sources: list[Source],
-    encoder: Encoder,
-    counts: Counter[str],
-    built: list[SetReport],
-    rejects: Path,
-) -> Manifest:
-    layout = options.layout(_pad_id(options, encoder))
-    totals = {name: counts[name] * (1 if name in _UNREPEATED else options.repeat) for name in _COUNTS}
-    records = sum(report.entry.num_records for report in built)
-    capacity = sum(int(width) * n for report in built for width, n in report.entry.records_by_width.items())
-    if layout.kind == "concatenated":
-        totals["dropped_tokens"] = totals["tokens"] - capacity
-        totals["tokens"], totals["label_tokens"] = capacity, records * options.seq_length
-    if not records:
-        raise DataError(
-            f"the input has {totals['dropped_tokens']} tokens, fewer than one record of {options.seq_length + 1} "
-            "(seq_length + 1); use a smaller --seq_length"
-        )
-    tokenizer = encoder.tokenizer
-    files = [file for report in built for file in report.files]
-    if rejects.is_file():
-        files.append(describe_file(rejects))
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        tool_version=llama31_data.__version__,
-        dataset_type=options.dataset_type,
-        template=options.template if options.dataset_type == "qa" else None,
-        layout=layout.kind,
-        seq_length=options.seq_length,
-        columns=layout.columns,
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=layout.pad_id,
-        tokenizer_sha256=tokenizer.sha256,
-        model_file=options.model_file,
-        sources=tuple(source.path.name for source in sources),
-        counts={**totals, "written": records},
-        fill_rate=round(totals["tokens"] / capacity, 6),
-        sets=tuple(report.entry for report in built),
-        files=tuple(files),
-    )

@@ -35,7 +35,7 @@ def schema_of(record: object) -> str:
     Raises:
         RecordError: it has none of the known ones; the message lists its keys.
     """
-    if not isinstance(record, Mapping):
+    if not isinstance(record, dict):
         raise RecordError(f"a {type(record).__name__}, expected an object with one of the known schemas")
     for schema, key in _KEY_OF_SCHEMA.items():
         if key in record:

@@ -21,11 +21,12 @@ from llama31_data.errors import DataError, ResumableError
 
 
 class ChunkReport(NamedTuple):
-    """What is known of an encoded chunk without its tokens."""
+    """What is known of an encoded chunk without its tokens; `is_new` if it was not there before."""
 
     id: ChunkId
     counts: dict[str, int]
     first_reject: Reject | None
+    is_new: bool
 
 
 class Spool:
@@ -46,7 +47,7 @@ class Spool:
             return None  # absent, or torn by a power cut: to be encoded
         if meta["digest"] != chunk.digest:
             return None
-        return _report(chunk.id, meta["counts"], [Reject(*reject) for reject in meta["rejects"]])
+        return _report(chunk.id, meta["counts"], [Reject(*reject) for reject in meta["rejects"]], is_new=False)
 
     def save(self, chunk: Chunk, encoded: EncodedChunk) -> ChunkReport:
         """Writes a chunk's file.
@@ -71,7 +72,7 @@ class Spool:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise ResumableError(f"{path}: cannot be written: {error.strerror}; free space and run again") from error
-        return _report(chunk.id, encoded.counts, encoded.rejects)
+        return _report(chunk.id, encoded.counts, encoded.rejects, is_new=True)
 
     def load(self, id: ChunkId) -> EncodedChunk:
         """A chunk saved earlier.
@@ -90,5 +91,5 @@ class Spool:
             ) from error
 
 
-def _report(id: ChunkId, counts: dict[str, int], rejects: list[Reject]) -> ChunkReport:
-    return ChunkReport(id, counts, rejects[0] if rejects else None)
+def _report(id: ChunkId, counts: dict[str, int], rejects: list[Reject], *, is_new: bool) -> ChunkReport:
+    return ChunkReport(id, counts, rejects[0] if rejects else None, is_new)

@@ -14,14 +14,15 @@ from typing import Protocol
 
 from llama31_data.chunks import Chunk, ChunkId
 from llama31_data.encode import EncodedChunk, Recipe, encoder_for
-from llama31_data.layouts import Block, Layout, Samples, bucket_blocks, concatenated_blocks, padded_blocks, repeated
+from llama31_data.layouts import Block, GiveChunks, Layout, bucket_blocks, concatenated_blocks, padded_blocks, repeated
 from llama31_data.manifest import FileEntry, SetEntry, describe_file, write_atomically
 from llama31_data.mindrecord_file import INDEX_SUFFIX, write_set
 from llama31_data.packing import packed_blocks
 from llama31_data.sources import Source
 from llama31_data.spool import ChunkReport, Spool
 
-_BLOCKS: dict[str, Callable[[Samples, Layout], Iterator[Block]]] = {
+BUILT_SUFFIX = ".built.json"
+_BLOCKS: dict[str, Callable[[GiveChunks, Layout], Iterator[Block]]] = {
     "padded": padded_blocks,
     "buckets": bucket_blocks,
     "concatenated": concatenated_blocks,
@@ -31,10 +32,10 @@ _BLOCKS: dict[str, Callable[[Samples, Layout], Iterator[Block]]] = {
 
 @dataclass(frozen=True)
 class SetTask:
-    """One set to build: from which chunks, in order, to which name."""
+    """One set to build: from which chunks, in order, to which name. Chunks yet to come are gone through but once."""
 
     spool: Path
-    chunks: tuple[ChunkId, ...]
+    chunks: Iterable[ChunkId]
     layout: Layout
     repeat: int
     path: Path
@@ -77,7 +78,7 @@ def build_set(task: SetTask) -> SetReport:
     Raises:
         DataError: a chunk's file is damaged, or the set cannot be written.
     """
-    done = task.path.with_name(f"{task.path.name}.built.json")
+    done = task.path.with_name(f"{task.path.name}{BUILT_SUFFIX}")
     if done.is_file():
         report = _read_report(done)
         if all((task.path.parent / file.name).is_file() for file in report.files):
@@ -88,7 +89,7 @@ def build_set(task: SetTask) -> SetReport:
         return (spool.load(id) for id in task.chunks)
 
     blocks = _BLOCKS[task.layout.kind](repeated(samples, task.repeat), task.layout)
-    written = write_set(task.path, task.layout.columns, blocks, task.num_files)
+    written = write_set(task.path, task.layout.columns, blocks, task.num_files, width=task.layout.seq_length + 1)
     files = [path for data in written.files for path in (data.with_name(data.name + INDEX_SUFFIX), data)]
     widths = {str(width): count for width, count in written.records_by_width.items()}
     entry = SetEntry(task.path.name, tuple(path.name for path in written.files), written.num_records, widths)

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs it and says what was written."""
     options = to_options(arguments)
     with progress_bar("records") as bar:
-        manifest = preprocess(options, lambda what, number: bar.update(number) if what == "records" else None)
+        manifest = preprocess(options, bar.update)
     print(summary(manifest, options.output_file))
     return 0
 
