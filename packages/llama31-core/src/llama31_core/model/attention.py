@@ -13,7 +13,7 @@ from mindspore.common.initializer import initializer
 
 from llama31_core import kernels
 from llama31_core.config import ModelConfig
-from llama31_core.model.linear import Linear
+from llama31_core.model.layers import Layers
 
 
 class CausalAttention(nn.Cell):  # type: ignore[misc]
@@ -63,20 +63,20 @@ AttentionCore = Callable[[], nn.Cell]
 class Attention(nn.Cell):  # type: ignore[misc]
     """Projections, rotary embedding, attention and output projection (Ainslie et al. 2023, GQA)."""
 
-    def __init__(self, config: ModelConfig, core: AttentionCore) -> None:
+    def __init__(self, config: ModelConfig, core: AttentionCore, layers: Layers) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.wq = Linear(config.dim, config.n_heads * config.head_dim)
-        self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wo = Linear(config.n_heads * config.head_dim, config.dim)
+        self.wq = layers.linear("attention.wq", config.dim, config.n_heads * config.head_dim)
+        self.wk = layers.linear("attention.wk", config.dim, config.n_kv_heads * config.head_dim)
+        self.wv = layers.linear("attention.wv", config.dim, config.n_kv_heads * config.head_dim)
+        self.wo = layers.linear("attention.wo", config.n_heads * config.head_dim, config.dim)
         self.core = core()
 
     def construct(
         self, x_BTE: Tensor, positions_BT: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor, *context: Tensor
     ) -> Tensor:
         """What every token gathers from the tokens it sees, shape (B, T, dim)."""
-        heads = (*x_BTE.shape[:2], -1, self.head_dim)
+        heads = (*positions_BT.shape, -1, self.head_dim)
         q_BTHD = kernels.apply_rope(self.wq(x_BTE).reshape(heads), cos_BT1D, sin_BT1D)
         k_BTKD = kernels.apply_rope(self.wk(x_BTE).reshape(heads), cos_BT1D, sin_BT1D)
         v_BTKD = self.wv(x_BTE).reshape(heads)

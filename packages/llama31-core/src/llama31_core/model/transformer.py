@@ -6,40 +6,25 @@ Shapes: B sequences, T tokens of each, E = dim, V = vocab_size.
 
 from __future__ import annotations
 
-import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import Normal, initializer
+from mindspore import Tensor, nn
 
 from llama31_core import kernels
 from llama31_core.config import ModelConfig
 from llama31_core.model.attention import Attention, AttentionCore
 from llama31_core.model.feedforward import FeedForward
-from llama31_core.model.linear import Linear
-from llama31_core.model.norm import RMSNorm
+from llama31_core.model.layers import Layers
 from llama31_core.model.rope import RotaryEmbedding
-
-
-class TokenEmbedding(nn.Cell):  # type: ignore[misc]
-    """Token ids to vectors."""
-
-    def __init__(self, vocab_size: int, dim: int) -> None:
-        super().__init__()
-        self.embedding_weight = Parameter(initializer(Normal(0.02), (vocab_size, dim), ms.float32))
-
-    def construct(self, tokens: Tensor) -> Tensor:
-        """Vectors of shape (..., dim) for ids of shape (...)."""
-        return ops.gather(self.embedding_weight, tokens, 0)
 
 
 class TransformerBlock(nn.Cell):  # type: ignore[misc]
     """One layer: attention and feed-forward, each on the normed input and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, core: AttentionCore) -> None:
+    def __init__(self, config: ModelConfig, core: AttentionCore, layers: Layers) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config, core)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.attention_norm = layers.norm(config.dim, config.norm_eps)
+        self.attention = Attention(config, core, layers)
+        self.ffn_norm = layers.norm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config, layers)
 
     def construct(
         self, x_BTE: Tensor, positions_BT: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor, *context: Tensor
@@ -52,12 +37,12 @@ class TransformerBlock(nn.Cell):  # type: ignore[misc]
 class Transformer(nn.Cell):  # type: ignore[misc]
     """Embedding, the layers and the last norm."""
 
-    def __init__(self, config: ModelConfig, core: AttentionCore) -> None:
+    def __init__(self, config: ModelConfig, core: AttentionCore, layers: Layers) -> None:
         super().__init__()
-        self.tok_embeddings = TokenEmbedding(config.vocab_size, config.dim)
+        self.tok_embeddings = layers.embedding(config.vocab_size, config.dim)
         self.rope = RotaryEmbedding(config)
-        self.layers = nn.CellList([TransformerBlock(config, core) for _ in range(config.n_layers)])
-        self.norm_out = RMSNorm(config.dim, config.norm_eps)
+        self.layers = nn.CellList([TransformerBlock(config, core, layers) for _ in range(config.n_layers)])
+        self.norm_out = layers.norm(config.dim, config.norm_eps)
 
     def construct(self, tokens_BT: Tensor, positions_BT: Tensor, *context: Tensor) -> Tensor:
         """Hidden states (B, T, E)."""
@@ -75,13 +60,16 @@ class Llama(nn.Cell):  # type: ignore[misc]
         config: the architecture.
         core: builds each layer's attention: `CausalAttention` for whole sequences, or `PagedAttention` over a cache.
             What follows `positions` in a call (`*context`) is handed to it.
+        layers: builds the layers that hold weights; whole ones if None.
     """
 
-    def __init__(self, config: ModelConfig, core: AttentionCore) -> None:
+    def __init__(self, config: ModelConfig, core: AttentionCore, layers: Layers | None = None) -> None:
         super().__init__()
+        layers = layers or Layers()
         self.config = config
-        self.model = Transformer(config, core)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.dim, config.vocab_size)
+        self.model = Transformer(config, core, layers)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else layers.linear("lm_head", config.dim, config.vocab_size)
 
     def construct(self, tokens_BT: Tensor, positions_BT: Tensor, *context: Tensor) -> Tensor:
         """Logits (B, T, V) of every token."""

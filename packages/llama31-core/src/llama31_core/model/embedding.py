@@ -1,0 +1,19 @@
+"""The table of token vectors."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, initializer
+
+
+class TokenEmbedding(nn.Cell):  # type: ignore[misc]
+    """Token ids to vectors."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_weight = Parameter(initializer(Normal(0.02), (vocab_size, dim), ms.float32))
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        """Vectors of shape (..., dim) for ids of shape (...)."""
+        return ops.gather(self.embedding_weight, tokens, 0)

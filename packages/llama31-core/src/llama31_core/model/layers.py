@@ -1,0 +1,28 @@
+"""Which class each kind of layer is: the model asks here for its parts, so that it holds no parallel code itself.
+
+A tensor-parallel layout gives other layers of the same names; the model's own are whole.
+"""
+
+from __future__ import annotations
+
+from mindspore import nn
+
+from llama31_core.model.embedding import TokenEmbedding
+from llama31_core.model.linear import Linear
+from llama31_core.model.norm import RMSNorm
+
+
+class Layers:
+    """Layers that hold their whole weights."""
+
+    def linear(self, name: str, in_features: int, out_features: int) -> nn.Cell:
+        """A projection; `name` says which, as the layout table does: `attention.wq`, `feed_forward.w2`, `lm_head`."""
+        return Linear(in_features, out_features)
+
+    def embedding(self, vocab_size: int, dim: int) -> nn.Cell:
+        """Token ids (..., T) to vectors (..., T, dim)."""
+        return TokenEmbedding(vocab_size, dim)
+
+    def norm(self, dim: int, eps: float) -> nn.Cell:
+        """A norm over the last axis."""
+        return RMSNorm(dim, eps)
