@@ -1,0 +1,86 @@
+"""A YAML file and `section.key=value` overrides in, a typed `RunConfig` out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llama31_core.errors import ConfigError
+from llama31_core.run_config.dead_keys import DEAD_KEYS
+from llama31_core.run_config.run import RunConfig
+from llama31_core.validation import did_you_mean, first_problem
+
+_LOG = logging.getLogger(__name__)
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and put `section.key=value` overrides over it; the values are parsed as YAML.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (the nearest known one is named), a value that does not fit.
+    """
+    source = str(path)
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{source} does not exist; give a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} holds {type(values).__name__}, expected sections with keys")
+    for override in overrides:
+        _override(values, override)
+    _drop_dead_keys(values, source)
+    for dotted, known in _unknown_keys(values, RunConfig):
+        raise ConfigError(f"{source}: unknown key {dotted!r}; {did_you_mean(dotted.rpartition('.')[2], known)}")
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {first_problem(error)}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *sections, key = dotted.split(".")
+    for name in sections:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {name!r} is a value and has no keys in it")
+    try:
+        values[key] = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+
+
+def _drop_dead_keys(values: dict[str, Any], source: str) -> None:
+    found = []
+    for dotted, reason in DEAD_KEYS.items():
+        *sections, key = dotted.split(".")
+        holder: Any = values
+        for name in sections:
+            holder = holder.get(name) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and key in holder:
+            del holder[key]
+            found.append(f"{dotted} ({reason})")
+    if found:
+        _LOG.warning("%s: %d keys have no effect here: %s", source, len(found), "; ".join(found))
+
+
+def _unknown_keys(values: Mapping[str, Any], section: type[BaseModel], at: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Dotted names of keys that no section has, each with the names that its section has."""
+    fields = {field.alias or name: field for name, field in section.model_fields.items()}
+    for key, value in values.items():
+        if key not in fields:
+            yield f"{at}{key}", list(fields)
+            continue
+        kind = fields[key].annotation
+        inner = next((t for t in (kind, *get_args(kind)) if isinstance(t, type) and issubclass(t, BaseModel)), None)
+        if inner is not None and isinstance(value, Mapping):
+            yield from _unknown_keys(value, inner, f"{at}{key}.")

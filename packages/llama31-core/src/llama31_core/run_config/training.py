@@ -1,0 +1,82 @@
+"""The sections of a run file that say how to train: duration, optimiser, learning rate, data, clipping."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from llama31_core.run_config.section import Section
+from llama31_core.training.schedule import ScheduleType
+
+
+class RunnerConfig(Section):
+    """How long to train and on how much at once."""
+
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+
+
+class OptimizerConfig(Section):
+    """AdamW; `FP32StateAdamWeightDecay` is MindFormers' name of the same rule."""
+
+    type: Literal["AdamW", "FP32StateAdamWeightDecay"] = "AdamW"
+    betas: tuple[float, float] = (0.9, 0.95)
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.moments):
+            raise ValueError(f"betas must be in [0, 1), got {self.moments}")
+        return self
+
+    @property
+    def moments(self) -> tuple[float, float]:
+        """beta1 and beta2, whichever way they were written."""
+        beta1, beta2 = self.betas
+        return beta1 if self.beta1 is None else self.beta1, beta2 if self.beta2 is None else self.beta2
+
+
+class LrScheduleConfig(Section):
+    """The learning rate over the run; `total_steps` of -1 takes the steps of the run."""
+
+    type: ScheduleType = "CosineWithWarmUpLR"
+    learning_rate: float = Field(gt=0)
+    lr_end: float = Field(default=0.0, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    total_steps: int = Field(default=-1, ge=-1)
+
+    @model_validator(mode="after")
+    def _check(self) -> LrScheduleConfig:
+        if self.lr_end > self.learning_rate:
+            raise ValueError(f"lr_end={self.lr_end} is above learning_rate={self.learning_rate}")
+        return self
+
+
+class DataLoaderConfig(Section):
+    """Where the records are: one MindRecord file, or a directory of them."""
+
+    type: Literal["MindDataset"] = "MindDataset"
+    dataset_dir: str = ""
+    shuffle: bool = True
+
+
+class DatasetConfig(Section):
+    """The training data; the batch size is `runner_config.batch_size`, which had the last word in MindFormers too."""
+
+    data_loader: DataLoaderConfig = DataLoaderConfig()
+    input_columns: tuple[str, ...] = ("input_ids", "labels")
+    num_parallel_workers: int = Field(default=2, ge=1)
+    drop_remainder: Literal[True] = True
+
+
+class RunnerWrapperConfig(Section):
+    """Gradient clipping by global norm."""
+
+    use_clip_grad: bool = True
+    max_grad_norm: float = Field(default=1.0, gt=0)
