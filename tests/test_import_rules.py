@@ -45,6 +45,8 @@ PURE = [
     "llama31_core.inference.engine",
     "llama31_core.inference.sampling",
     "llama31_core.inference.scheduler",
+    "llama31_core.lora.adapter",
+    "llama31_core.lora.table",
     "llama31_core.parallel",
     "llama31_core.parallel.strategy_file",
     "llama31_core.run_config",

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from llama31_ckpt.cli import main
-from llama31_ckpt.lora import PREFIX
 from llama31_ckpt.lora_extract import factor
 from llama31_core.checkpoint import open_weights, save_weights, spell
 from llama31_core.checkpoint.dtypes import Array
+from llama31_core.lora.adapter import PREFIX
 
 Tensors = dict[str, Array]
 AdapterBuilder = Callable[..., Path]
@@ -118,6 +118,8 @@ def test_merging_into_bfloat16_rounds_once(hf_dir: Path, build_adapter: AdapterB
         ({"use_dora": True}, "use_dora is True, only plain LoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_alpha": "8"}, "is '8', expected a number"),
+        ({"rank_pattern": {"q_proj": 8}}, "self_attn.q_proj has rank 4, adapter_config.json says 8"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "but there are matrices for model.layers.1.mlp.down_proj"),
         ({"drop": "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"}, "just one of lora_A and lora_B"),
         ({"extra": {"base_model.model.model.norm.weight": np.ones(64, np.float32)}}, "is no LoRA matrix"),
         (
@@ -125,7 +127,8 @@ def test_merging_into_bfloat16_rounds_once(hf_dir: Path, build_adapter: AdapterB
             "changes model.layers.0.x.weight, which no Llama model has",
         ),
         (
-            {"extra": {f"{PREFIX}lm_head.lora_{s}.weight": np.ones((4, 4), np.float32) for s in "AB"}},
+            {"target_modules": "lm_head|.*_proj",
+             "extra": {f"{PREFIX}lm_head.lora_{s}.weight": np.ones((4, 4), np.float32) for s in "AB"}},
             "changes lm_head.weight as (4, 4)",
         ),
         (

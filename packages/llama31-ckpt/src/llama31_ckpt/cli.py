@@ -12,7 +12,7 @@ from types import FrameType
 
 from llama31_ckpt import __version__
 from llama31_ckpt.convert import Options, check_apart, convert
-from llama31_ckpt.lora import MergedWeights, read_adapter
+from llama31_ckpt.lora import MergedWeights
 from llama31_ckpt.lora_extract import extract_lora
 from llama31_ckpt.progress import item_bar
 from llama31_ckpt.report_commands import add_diff, add_inspect, add_verify
@@ -20,6 +20,7 @@ from llama31_ckpt.shard_commands import add_merge, add_reshard, add_shard, add_s
 from llama31_ckpt.sources import open_source
 from llama31_core.checkpoint.staging import DestinationExistsError, check_destination
 from llama31_core.errors import Llama31Error
+from llama31_core.lora.adapter import read_adapter
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,7 +94,7 @@ def _run_convert(arguments: argparse.Namespace) -> None:
     )
     with closing(open_source(arguments.input_path, config_path=arguments.config)) as source:
         if arguments.lora is not None:
-            source.weights = MergedWeights(source.weights, read_adapter(arguments.lora), arguments.lora)
+            source.weights = MergedWeights(source.weights, read_adapter(arguments.lora).changes, arguments.lora)
         summary = convert(source, arguments.output_path, options)
     for note in summary.notes:
         print(f"note: {note}", file=sys.stderr)

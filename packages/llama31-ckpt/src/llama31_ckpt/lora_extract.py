@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llama31_ckpt.lora import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from llama31_core.checkpoint.dtypes import Array, dtype_of
 from llama31_core.checkpoint.names import spell
 from llama31_core.checkpoint.reader import Weights
 from llama31_core.checkpoint.staging import staged_directory
 from llama31_core.checkpoint.writer import TensorSpec, write_safetensors
 from llama31_core.errors import CheckpointError
+from llama31_core.lora.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
