@@ -1,16 +1,11 @@
-"""The operations a Llama model is made of, behind one small interface that is chosen by device.
+"""The operations a Llama model is made of, behind one small interface, and which set of them a model is built with.
 
-`portable` is written with MindSpore operators that every device has; it is also the oracle for any other set.
+`portable` is written with MindSpore operators that every device has; it is also the oracle for any other set. `ascend`
+calls fused operators. Cells ask `active()` once, when they are built, and keep what they got. Both sets hold their
+caches in a shape of their own (`cache_shape`), and take the same arguments otherwise.
 """
 
-from llama31_core.kernels.portable import (
-    apply_rope,
-    causal_attention,
-    linear,
-    paged_attention,
-    rms_norm,
-    swiglu,
-    write_cache,
-)
+from llama31_core.kernels.portable import linear
+from llama31_core.kernels.registry import KernelSet, active, use
 
-__all__ = ["apply_rope", "causal_attention", "linear", "paged_attention", "rms_norm", "swiglu", "write_cache"]
+__all__ = ["KernelSet", "active", "linear", "use"]

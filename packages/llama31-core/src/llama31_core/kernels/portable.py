@@ -1,5 +1,7 @@
 """The kernel interface in MindSpore operators that any device has: tensors in, tensors out, no state of its own.
 
+Norms, rotations and softmax are computed in float32 and given in the type of their input; products in the input's type.
+
 Shapes: B sequences, T new tokens of each, S cached tokens of each, M blocks of each, H query heads, K key-value heads,
 D width of a head, G = H / K query heads that share one key-value head, C slots in the cache (one holds one token).
 """
@@ -22,14 +24,16 @@ _softmax = ops.Softmax(-1)
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """`x @ weight.T` for x of shape (..., I)."""
-    out = _matmul_tb(x.reshape(-1, x.shape[-1]), weight_OI)
+    """`x @ weight.T` for x of shape (..., I), in the type of x."""
+    out = _matmul_tb(x.reshape(-1, x.shape[-1]), weight_OI.astype(x.dtype))
     return out.reshape((*x.shape[:-1], -1))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last axis (Zhang and Sennrich 2019, equation 4)."""
-    return x * ops.rsqrt(ops.square(x).mean(-1, keep_dims=True) + eps) * weight
+    exact = x.astype(ms.float32)
+    normed = exact * ops.rsqrt(ops.square(exact).mean(-1, keep_dims=True) + eps)
+    return (normed * weight.astype(ms.float32)).astype(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -39,10 +43,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def apply_rope(x_BTHD: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
     """Turn the pairs (i, i + D/2) of every head: the half-split layout of HF checkpoints."""
-    half = x_BTHD.shape[-1] // 2
-    first, second = x_BTHD[..., :half], x_BTHD[..., half:]
-    turned = ops.cat((-second, first), axis=-1)
-    return x_BTHD * cos_BT1D + turned * sin_BT1D
+    exact = x_BTHD.astype(ms.float32)
+    half = exact.shape[-1] // 2
+    turned = ops.cat((-exact[..., half:], exact[..., :half]), axis=-1)
+    return (exact * cos_BT1D + turned * sin_BT1D).astype(x_BTHD.dtype)
 
 
 def _attend(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, hidden_BTS: Tensor) -> Tensor:
@@ -50,31 +54,50 @@ def _attend(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, hidden_BTS: Tensor) 
     batch, tokens, heads, width = q_BTHD.shape
     kv_heads = k_BSKD.shape[2]
     group = heads // kv_heads
+    q_BTHD = q_BTHD * (1.0 / math.sqrt(width))
     q_BKgD = q_BTHD.reshape(batch, tokens, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
     q_BKgD = q_BKgD.reshape(batch, kv_heads, -1, width)  # (B, K, G * T, D)
     k_BKSD = k_BSKD.transpose(0, 2, 1, 3)
     v_BKSD = v_BSKD.transpose(0, 2, 1, 3)
-    scores = _scores(q_BKgD, k_BKSD) * (1.0 / math.sqrt(width))
+    scores = _scores(q_BKgD, k_BKSD).astype(ms.float32)
     scores = scores.reshape(batch, kv_heads, group, tokens, -1)
-    scores = scores + hidden_BTS[:, None, None].astype(scores.dtype) * _MASKED
-    weights = _softmax(scores).reshape(batch, kv_heads, group * tokens, -1)
+    scores = scores + hidden_BTS[:, None, None].astype(ms.float32) * _MASKED
+    weights = _softmax(scores).reshape(batch, kv_heads, group * tokens, -1).astype(q_BTHD.dtype)
     out = _weighted_sum(weights, v_BKSD).reshape(batch, kv_heads, group, tokens, width)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * width)
 
 
 def causal_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, segment_ids_BT: Tensor) -> Tensor:
     """Attention of whole sequences; a token sees itself and what stands before it in its own segment."""
-    tokens = q_BTHD.shape[1]
-    order = ops.arange(tokens)
+    return _attend(q_BTHD, k_BTKD, v_BTKD, hidden_from(segment_ids_BT))
+
+
+def hidden_from(segment_ids_BT: Tensor) -> Tensor:
+    """Where a token (second axis) must not see another (third axis): it comes later, or is of another segment."""
+    order = ops.arange(segment_ids_BT.shape[1])
     later_TT = order[None, :] > order[:, None]
     foreign_BTT = segment_ids_BT[:, None, :] != segment_ids_BT[:, :, None]
-    return _attend(q_BTHD, k_BTKD, v_BTKD, ops.logical_or(later_TT, foreign_BTT))
+    return ops.logical_or(later_TT, foreign_BTT)
 
 
-def write_cache(cache_CKD: Tensor, slots_BT: Tensor, values_BTKD: Tensor) -> Tensor:
-    """Store one key or value per token at its slot (block * P + offset) of the cache, in place."""
-    _, kv_heads, width = cache_CKD.shape
-    return ops.scatter_update(cache_CKD, slots_BT.reshape(-1), values_BTKD.reshape(-1, kv_heads, width))
+def cache_shape(num_blocks: int, block_size: int, kv_heads: int, width: int) -> tuple[int, ...]:
+    """Of the cache of keys, and of that of values: (C, K, D).
+
+    Blocks have no axis of their own, because a scatter of single tokens into one would copy the whole cache on a CPU.
+    """
+    return (num_blocks * block_size, kv_heads, width)
+
+
+def write_cache(k_cache_CKD: Tensor, v_cache_CKD: Tensor, slots_BT: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
+    """Store one key and one value per token at its slot (block * block_size + offset), in place.
+
+    Gives a tensor that what reads the cache has to wait for.
+    """
+    _, kv_heads, width = k_cache_CKD.shape
+    slots = slots_BT.reshape(-1)
+    ops.scatter_update(k_cache_CKD, slots, k_BTKD.reshape(-1, kv_heads, width))
+    ops.scatter_update(v_cache_CKD, slots, v_BTKD.reshape(-1, kv_heads, width))
+    return slots
 
 
 def paged_attention(

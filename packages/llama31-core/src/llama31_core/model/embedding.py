@@ -10,9 +10,9 @@ from mindspore.common.initializer import Normal, initializer
 class TokenEmbedding(nn.Cell):  # type: ignore[misc]
     """Token ids to vectors."""
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
+    def __init__(self, vocab_size: int, dim: int, dtype: ms.Type = ms.float32) -> None:
         super().__init__()
-        self.embedding_weight = Parameter(initializer(Normal(0.02), (vocab_size, dim), ms.float32))
+        self.embedding_weight = Parameter(initializer(Normal(0.02), (vocab_size, dim), dtype))
 
     def construct(self, tokens: Tensor) -> Tensor:
         """Vectors of shape (..., dim) for ids of shape (...)."""

@@ -17,7 +17,8 @@ class FeedForward(nn.Cell):  # type: ignore[misc]
         self.w1 = layers.linear("feed_forward.w1", config.dim, config.ffn_dim)
         self.w2 = layers.linear("feed_forward.w2", config.ffn_dim, config.dim)
         self.w3 = layers.linear("feed_forward.w3", config.dim, config.ffn_dim)
+        self._swiglu = kernels.active().swiglu
 
     def construct(self, x: Tensor) -> Tensor:
         """Map x of shape (..., dim) to the same shape."""
-        return self.w2(kernels.swiglu(self.w1(x), self.w3(x)))
+        return self.w2(self._swiglu(self.w1(x), self.w3(x)))

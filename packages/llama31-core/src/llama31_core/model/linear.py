@@ -12,9 +12,9 @@ from llama31_core import kernels
 class Linear(nn.Cell):  # type: ignore[misc]
     """`x @ weight.T`, weight of shape (out_features, in_features) as checkpoints hold it."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, dtype: ms.Type = ms.float32) -> None:
         super().__init__()
-        self.weight = Parameter(initializer(Normal(0.02), (out_features, in_features), ms.float32))
+        self.weight = Parameter(initializer(Normal(0.02), (out_features, in_features), dtype))
 
     def construct(self, x: Tensor) -> Tensor:
         """Map x of shape (..., in_features) to (..., out_features)."""

@@ -15,8 +15,9 @@ class RMSNorm(nn.Cell):  # type: ignore[misc]
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self._normalise = kernels.active().rms_norm
         self.weight = Parameter(initializer("ones", (dim,), ms.float32))
 
     def construct(self, x: Tensor) -> Tensor:
         """Normalise x of shape (..., dim)."""
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return self._normalise(x, self.weight, self.eps)

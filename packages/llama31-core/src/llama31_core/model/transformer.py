@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens of each, E = dim, V = vocab_size.
 
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import Tensor, nn
 
 from llama31_core import kernels
@@ -37,8 +38,9 @@ class TransformerBlock(nn.Cell):  # type: ignore[misc]
 class Transformer(nn.Cell):  # type: ignore[misc]
     """Embedding, the layers and the last norm."""
 
-    def __init__(self, config: ModelConfig, core: AttentionCore, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, core: AttentionCore, layers: Layers, compute_dtype: ms.Type) -> None:
         super().__init__()
+        self.compute_dtype = compute_dtype
         self.tok_embeddings = layers.embedding(config.vocab_size, config.dim)
         self.rope = RotaryEmbedding(config)
         self.layers = nn.CellList([TransformerBlock(config, core, layers) for _ in range(config.n_layers)])
@@ -46,7 +48,7 @@ class Transformer(nn.Cell):  # type: ignore[misc]
 
     def construct(self, tokens_BT: Tensor, positions_BT: Tensor, *context: Tensor) -> Tensor:
         """Hidden states (B, T, E)."""
-        x_BTE = self.tok_embeddings(tokens_BT)
+        x_BTE = self.tok_embeddings(tokens_BT).astype(self.compute_dtype)
         cos_BT1D, sin_BT1D = self.rope(positions_BT)
         for layer in self.layers:
             x_BTE = layer(x_BTE, positions_BT, cos_BT1D, sin_BT1D, *context)
@@ -60,14 +62,21 @@ class Llama(nn.Cell):  # type: ignore[misc]
         config: the architecture.
         core: builds each layer's attention: `CausalAttention` for whole sequences, or `PagedAttention` over a cache.
             What follows `positions` in a call (`*context`) is handed to it.
-        layers: builds the layers that hold weights; whole ones if None.
+        layers: builds the layers that hold weights; whole ones in float32 if None.
+        compute_dtype: of the residual stream and of every product; norms, rotations, softmax and logits are float32.
     """
 
-    def __init__(self, config: ModelConfig, core: AttentionCore, layers: Layers | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        core: AttentionCore,
+        layers: Layers | None = None,
+        compute_dtype: ms.Type = ms.float32,
+    ) -> None:
         super().__init__()
         layers = layers or Layers()
         self.config = config
-        self.model = Transformer(config, core, layers)
+        self.model = Transformer(config, core, layers, compute_dtype)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else layers.linear("lm_head", config.dim, config.vocab_size)
 
@@ -76,7 +85,7 @@ class Llama(nn.Cell):  # type: ignore[misc]
         return self.logits(self.model(tokens_BT, positions_BT, *context))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., E)."""
+        """Logits (..., V), float32, of hidden states (..., E)."""
         if self.lm_head is None:
-            return kernels.linear(hidden, self.model.tok_embeddings.embedding_weight)
-        return self.lm_head(hidden)
+            return kernels.linear(hidden, self.model.tok_embeddings.embedding_weight).astype(ms.float32)
+        return self.lm_head(hidden).astype(ms.float32)
