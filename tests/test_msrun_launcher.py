@@ -1,0 +1,204 @@
+"""`tools/msrun_launcher.sh`: the old argument orders, a job of ranks that talk to each other, and ranks that die."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCHER = Path(__file__).resolve().parents[1] / "tools" / "msrun_launcher.sh"
+TIMEOUT_S = 120
+# What a rank does is said by its first argument. Ranks but no MindSpore: what is tested is the launching.
+PROGRAM = """
+import os, sys, time
+rank, role = os.environ.get("RANK_ID"), os.environ["MS_ROLE"]
+print("rank", rank, "of", os.environ["MS_WORKER_NUM"], sys.argv[1:], flush=True)
+if role == "MS_WORKER" and rank == "1" and sys.argv[1] == "raise":
+    raise ValueError("the second rank's own error")
+if role == "MS_WORKER" and rank == "1" and sys.argv[1] == "killed":
+    os.kill(os.getpid(), 9)
+if sys.argv[1] != "end":
+    time.sleep(300)
+"""
+SUM_PROGRAM = """
+import numpy as np
+import mindspore as ms
+from mindspore import Tensor, ops
+from mindspore.communication import get_rank, init
+ms.set_device("CPU")
+init("mccl")
+print("sum", ops.AllReduce()(Tensor(np.float32(get_rank() + 1))).asnumpy(), flush=True)
+"""
+
+
+@pytest.fixture
+def work_dir(tmp_path: Path) -> Path:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "sum.py").write_text(SUM_PROGRAM)
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(work_dir: Path, *arguments: str, **extra: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **extra}
+    return subprocess.Popen(
+        ["bash", str(LAUNCHER), *arguments],
+        cwd=work_dir,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(work_dir: Path, *arguments: str, **extra: str) -> tuple[int, str, str]:
+    with start(work_dir, *arguments, **extra) as process:
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output, errors
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def processes_in(work_dir: Path) -> list[int]:
+    """Processes whose working directory is the test's own."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").resolve() == work_dir and is_running(int(entry.name)):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "8 8 127.0.0.1 8118 0 output/msrun_log_x 7200 False"),
+        (["4"], "4 4 127.0.0.1 8118 0 output/msrun_log_x 7200 False"),
+        (["4", "9000", "logs", "True", "300"], "4 4 127.0.0.1 9000 0 logs_x 300 True"),
+        (["64", "8", "192.168.1.1", "8118", "3", "logs", "False", "300"], "64 8 192.168.1.1 8118 3 logs_x 300 False"),
+    ],
+)
+def test_the_argument_orders(arguments: list[str], expected: str, work_dir: Path) -> None:
+    shown = work_dir / "show_arguments"
+    shown.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nenv | grep -E "^(LOG_MF|ASCEND_PROCESS_LOG)_PATH="\n')
+    shown.chmod(0o755)
+    program = 'run.py \\\n --config "a b.yaml" \\\n --predict_data $WORD'
+    names = ("worker_num", "local_worker_num", "master_addr", "master_port", "node_rank", "log_dir")
+    code, output, errors = run(
+        work_dir, program, *arguments, PYTHON=str(shown), MF_LOG_SUFFIX="x", PLOG_REDICT_TO_OUTPUT="True", WORD="w"
+    )
+    assert code == 0, errors
+    lines = output.splitlines()
+    values = dict(zip((*names, "cluster_time_out", "join"), expected.split(), strict=True))
+    assert set(lines) >= {f"--{name}={value}" for name, value in values.items()}
+    assert lines[lines.index("--") + 1 :][:5] == ["run.py", "--config", "a b.yaml", "--predict_data", "w"]
+    assert f"LOG_MF_PATH={work_dir}/output/log_x" in lines
+    assert f"ASCEND_PROCESS_LOG_PATH={work_dir}/output/plog_x" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "msrun_launcher.sh \"PROGRAM ARGS\" WORKER_NUM"),
+        (["program.py", "2", "9000"], "msrun_launcher.sh \"PROGRAM ARGS\" WORKER_NUM"),
+        (["nothing.py", "2"], "there is no program 'nothing.py' in"),
+        (["program.py", "two"], "invalid int value: 'two'"),
+        (["program.py", "0"], "WORKER_NUM is 0"),
+        (["program.py", "8", "3", "127.0.0.1", "9000", "0", "logs", "True", "9"], "LOCAL_WORKER 3"),
+        (["program.py", "8", "4", "127.0.0.1", "9000", "2", "logs", "True", "9"], "make nodes 0 to 1"),
+        (["program.py", "2", "80", "logs", "True", "9"], "MASTER_PORT is 80, allowed is 1024 to 65535"),
+        (["program.py", "2", "9000", "logs", "Maybe", "9"], "'Maybe' is neither True nor False"),
+        (["program.py", "2", "9000", "program.py", "True", "9"], "LOG_DIR program.py cannot be used"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_started_is_one_message(arguments: list[str], message: str, work_dir: Path) -> None:
+    code, _, errors = run(work_dir, *arguments)
+    assert code == 2
+    assert message in errors
+
+
+def test_a_port_in_use_is_found_first(work_dir: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        code, _, errors = run(work_dir, "program.py end", "2", port, "logs", "True", "60")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"MASTER_PORT {port} is in use" in errors
+
+
+@pytest.mark.parametrize(("what", "how"), [("raise", "ended with exit code 1"), ("killed", "was killed by SIGKILL")])
+def test_a_dead_rank_ends_the_others_and_is_named(what: str, how: str, work_dir: Path) -> None:
+    with start(work_dir, f"program.py {what}", "3", str(free_port()), "logs", "True", "60") as job:
+        log = work_dir / "logs" / "worker_1.log"
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        started = time.monotonic()
+        output, errors = job.communicate(timeout=TIMEOUT_S)
+        elapsed_s = time.monotonic() - started
+    assert job.returncode == 1
+    assert f"rank 1 {how}, the other ranks of this node have been ended; its log is logs/worker_1.log" in errors
+    assert elapsed_s < 20, f"{elapsed_s} s; msrun alone waits for its scheduler, which sleeps for 300"
+    assert processes_in(work_dir) == []
+    if what == "raise":
+        assert "the second rank's own error" in errors
+    assert "rank 0 of 3" in output  # msrun shows the ranks' logs
+
+
+def test_in_the_background_the_end_is_in_the_launcher_s_log(work_dir: Path) -> None:
+    port = str(free_port())
+    code, output, errors = run(work_dir, "program.py raise", "2", port, "logs", "False", "60")
+    assert code == 0, errors
+    match = re.search(r"In the background as process (\d+)", output)
+    assert match
+    deadline = time.monotonic() + TIMEOUT_S
+    while is_running(int(match[1])) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "rank 1 ended with exit code 1" in (work_dir / "logs" / "launcher.log").read_text()
+    assert processes_in(work_dir) == []
+
+
+def test_an_interruption_ends_all_ranks(work_dir: Path) -> None:
+    with start(work_dir, "program.py sleep", "2", str(free_port()), "logs", "True", "60") as job:
+        deadline = time.monotonic() + TIMEOUT_S
+        logs = [work_dir / "logs" / f"worker_{rank}.log" for rank in range(2)]
+        while not all(log.is_file() and log.read_text() for log in logs) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGINT)
+        _, errors = job.communicate(timeout=TIMEOUT_S)
+    assert job.returncode == 130
+    assert "interrupted; all ranks of this node are ended" in errors
+    assert processes_in(work_dir) == []
+
+
+def test_two_nodes_make_one_group(work_dir: Path) -> None:
+    """Two launchers on this host, as on two: one rank each, which add up their numbers."""
+    port = str(free_port())
+    jobs = [
+        start(work_dir, "sum.py", "2", "1", "127.0.0.1", port, str(node), f"node{node}", "True", "60")
+        for node in range(2)
+    ]
+    for node, job in enumerate(jobs):
+        _, errors = job.communicate(timeout=TIMEOUT_S)
+        assert job.returncode == 0, errors
+        assert "sum 3.0" in (work_dir / f"node{node}" / f"worker_{node}.log").read_text()

@@ -1,0 +1,225 @@
+"""What tools/msrun_launcher.sh runs: msrun, and the watch over its ranks.
+
+msrun alone ends the ranks that are left a second after one has died, and then waits for its scheduler, which may take
+minutes, without a word on who died. Here every rank is started through `rank`, which notes how its program ended;
+`launch` reads the first such note, ends all that is left and says which rank it was and where its log is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+FAILURE_NAME = ".first_failure"
+LAUNCHER_LOG = "launcher.log"
+_MSRUN = "mindspore.parallel.cluster.run"  # the module of the command msrun
+_POLL_S = 0.2
+_GRACE_S = 3.0
+_LOG_TAIL_LINES = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Launch a job, or be one rank of it."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["rank"]:
+        return run_rank(Path(arguments[1]), int(arguments[2]), arguments[3:])
+    return launch(_build_parser().parse_args(arguments))
+
+
+def run_rank(log_dir: Path, node_rank: int, program: list[str]) -> int:
+    """Run the program; if it fails, note which rank that was, unless another has failed before."""
+    if node_rank > 0 and os.environ.get("MS_ROLE") == "MS_SCHED":
+        return (
+            0  # msrun starts one on every node that has the master's address; where nodes share a host, node 0's serves
+        )
+    code = subprocess.call(program)
+    if code != 0:
+        name = "the scheduler" if os.environ.get("MS_ROLE") == "MS_SCHED" else f"rank {os.environ.get('RANK_ID')}"
+        try:
+            with open(log_dir / FAILURE_NAME, "x") as file:
+                file.write(f"{name}\n{code}\n")
+        except FileExistsError:
+            pass
+    return code if code >= 0 else 128 - code
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Check what was asked for, start msrun and watch it: here if `--join`, else in a process of its own."""
+    problem = find_problem(arguments)
+    if problem:
+        print(f"msrun_launcher.sh: error: {problem}", file=sys.stderr)
+        return 2
+    log_dir: Path = arguments.log_dir
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        (log_dir / FAILURE_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        print(f"msrun_launcher.sh: error: LOG_DIR {log_dir} cannot be used: {error.strerror}", file=sys.stderr)
+        return 2
+    command = msrun_command(arguments)
+    print(f"Running Command: {' '.join(command)}\nPlease check log files in {log_dir.absolute()}", flush=True)
+    if arguments.join:
+        return watch(command, log_dir)
+    log = log_dir / LAUNCHER_LOG
+    with log.open("w") as output:
+        again = [sys.executable, __file__, "launch", *_flags(arguments, join=True), "--", *arguments.program]
+        job = subprocess.Popen(
+            again, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    print(f"In the background as process {job.pid}; how it ends is written to {log}", flush=True)
+    return 0
+
+
+def find_problem(arguments: argparse.Namespace) -> str | None:
+    """What makes it impossible to start, in one sentence; None if nothing does."""
+    total, local, node = arguments.worker_num, arguments.local_worker_num, arguments.node_rank
+    if total < 1 or local < 1 or total % local:
+        return f"WORKER_NUM is {total} and LOCAL_WORKER {local}; every node runs LOCAL_WORKER of the WORKER_NUM ranks"
+    if not 0 <= node < total // local:
+        return f"NODE_RANK is {node}; {total} ranks, {local} a node, make nodes 0 to {total // local - 1}"
+    if not 1024 <= arguments.master_port <= 65535:
+        return f"MASTER_PORT is {arguments.master_port}, allowed is 1024 to 65535"
+    if not arguments.program:
+        return "no program is given; the first argument is its command line"
+    if not Path(arguments.program[0]).is_file() and shutil.which(arguments.program[0]) is None:
+        return f"there is no program {arguments.program[0]!r} in {Path.cwd()}"
+    if importlib.util.find_spec("mindspore") is None:
+        return f"{sys.executable} has no MindSpore, which msrun comes with: pip install llama31-core, or set PYTHON"
+    if node == 0 and _is_taken(arguments.master_port):
+        return f"MASTER_PORT {arguments.master_port} is in use on this machine; end the other job, or give another port"
+    return None
+
+
+def msrun_command(arguments: argparse.Namespace) -> list[str]:
+    """The command line of msrun, every rank wrapped in `rank`."""
+    program = arguments.program
+    if program[0].endswith(".py"):
+        program = [sys.executable, "-u", *program]
+    wrapped = [__file__, "rank", str(arguments.log_dir.absolute()), str(arguments.node_rank), *program]
+    return [sys.executable, "-m", _MSRUN, *_flags(arguments, join=True), *wrapped]
+
+
+def watch(command: list[str], log_dir: Path) -> int:
+    """Run msrun to its end, or to that of the first rank that fails; 0, 1, or 130 after an interruption."""
+    interrupted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, note)
+    # msrun starts Python programs with the `python` that it finds.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    job = subprocess.Popen(command, start_new_session=True, env={**os.environ, "PATH": path})
+    failure = log_dir / FAILURE_NAME
+    processes: set[int] = set()
+    while job.poll() is None and not interrupted and not failure.exists():
+        processes |= _descendants(job.pid)
+        time.sleep(_POLL_S)
+    if job.poll() == 0 and not failure.exists():
+        return 0
+    _end(job, processes | _descendants(job.pid))
+    if interrupted:
+        print("msrun_launcher.sh: interrupted; all ranks of this node are ended", file=sys.stderr)
+        return 130
+    print(f"msrun_launcher.sh: error: {describe_failure(log_dir)}", file=sys.stderr)
+    return 1
+
+
+def describe_failure(log_dir: Path) -> str:
+    """Who failed, how, where its log is, and the end of that."""
+    try:
+        who, code_text = (log_dir / FAILURE_NAME).read_text().splitlines()
+    except (OSError, ValueError):
+        return f"msrun ended before its ranks did; see {log_dir}"
+    code = int(code_text)
+    how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+    log = log_dir / ("scheduler.log" if who == "the scheduler" else f"worker_{who.split()[-1]}.log")
+    tail = log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:] if log.is_file() else []
+    said = "".join(f"\n  | {line}" for line in tail)
+    return f"{who} {how}, the other ranks of this node have been ended; its log is {log}{said}"
+
+
+def _end(job: subprocess.Popen[bytes], processes: set[int]) -> None:
+    """End msrun and all it started: politely, then at once."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in processes | {job.pid}:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        deadline = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline and any(_is_running(pid) for pid in processes):
+            job.poll()
+            time.sleep(_POLL_S)
+        if not any(_is_running(pid) for pid in processes):
+            break
+    job.kill()
+    job.wait()
+
+
+def _descendants(pid: int) -> set[int]:
+    """Processes that a process has started, and those that they have."""
+    found: set[int] = set()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return found
+    for child in map(int, children):
+        found |= {child} | _descendants(child)
+    return found
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return False
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def _flags(arguments: argparse.Namespace, *, join: bool) -> list[str]:
+    names = ("worker_num", "local_worker_num", "master_addr", "master_port", "node_rank", "log_dir", "cluster_time_out")
+    return [f"--{name}={getattr(arguments, name)}" for name in names] + [f"--join={join}"]
+
+
+def _as_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="msrun_launcher.sh", usage="see tools/msrun_launcher.sh", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True)
+    launcher = commands.add_parser("launch", prog="msrun_launcher.sh", allow_abbrev=False)
+    for name in ("worker_num", "local_worker_num", "master_port", "node_rank", "cluster_time_out"):
+        launcher.add_argument(f"--{name}", type=int, required=True)
+    launcher.add_argument("--master_addr", required=True)
+    launcher.add_argument("--log_dir", type=Path, required=True)
+    launcher.add_argument("--join", type=_as_bool, required=True)
+    launcher.add_argument("program", nargs="+")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
