@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError, RequestError
 from llama31_core.inference.engine import Engine
+from llama31_core.inference.options import EngineOptions
 from llama31_core.inference.request import StepOutput
 from llama31_core.inference.sampling_params import SamplingParams
+from llama31_core.inference.sum_runner import SumRunner
 
 VOCAB = 101
 CONFIG = ModelConfig.build(
@@ -20,37 +22,12 @@ CONFIG = ModelConfig.build(
 )
 
 
-class SumRunner:
-    """Says that the next token is the sum of all tokens so far, each times its position + 1, modulo the vocabulary.
-
-    It keeps tokens in a paged cache as a real runner keeps keys, so a wrong block, position or order changes the sum.
-    """
-
-    def __init__(self, num_blocks: int = 8, block_size: int = 4) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.cache = np.full((num_blocks, block_size), -1)
-        self.num_calls = 0
-
-    def forward(
-        self, token_ids_BT: list[list[int]], starts_B: list[int], block_tables: list[list[int]]
-    ) -> npt.NDArray[np.float32]:
-        self.num_calls += 1
-        sizes = zip(starts_B, token_ids_BT, block_tables, strict=True)
-        written = [set(table[start // self.block_size :]) for start, tokens, table in sizes]
-        for row, blocks in enumerate(written):
-            others = {block for other, table in enumerate(block_tables) if other != row for block in table}
-            assert not blocks & others, "a block that is written has two owners"
-        logits = np.zeros((len(token_ids_BT), VOCAB), np.float32)
-        for row, tokens, start, table in zip(logits, token_ids_BT, starts_B, block_tables, strict=True):
-            for position, token in enumerate(tokens, start):
-                self.cache[table[position // self.block_size], position % self.block_size] = token
-            row[next_token(self.cache[table].reshape(-1)[: start + len(tokens)].tolist())] = 1
-        return logits
+def runner(num_blocks: int = 8, **more: Any) -> SumRunner:
+    return SumRunner(VOCAB, num_blocks, **more)
 
 
 def next_token(tokens: list[int]) -> int:
-    return sum(token * (position + 1) for position, token in enumerate(tokens)) % VOCAB
+    return runner().next_token(tokens)
 
 
 def expected(prompt: list[int], max_tokens: int) -> tuple[list[int], str]:
@@ -81,7 +58,9 @@ requests = st.lists(st.tuples(prompts, st.integers(1, 12)), min_size=1, max_size
 def test_completions_do_not_depend_on_batching_chunking_or_preemption(
     wanted: list[tuple[list[int], int]], max_batch_size: int, max_prefill_tokens: int, num_blocks: int
 ) -> None:
-    engine = Engine(CONFIG, SumRunner(num_blocks), max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens)
+    engine = Engine(
+        CONFIG, runner(num_blocks), EngineOptions(max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens)
+    )
     completions = engine.generate([prompt for prompt, _ in wanted], [greedy(count) for _, count in wanted])
     assert [(c.token_ids, c.finish_reason) for c in completions] == [expected(*request) for request in wanted]
     assert engine.num_free_blocks == num_blocks
@@ -93,7 +72,7 @@ def test_completions_do_not_depend_on_batching_chunking_or_preemption(
 def test_aborts_at_any_step_free_their_blocks_and_harm_nobody(
     wanted: list[tuple[list[int], int]], aborts: list[tuple[int, int]]
 ) -> None:
-    engine = Engine(CONFIG, SumRunner(), max_batch_size=4, max_prefill_tokens=5)
+    engine = Engine(CONFIG, runner(), EngineOptions(max_batch_size=4, max_prefill_tokens=5))
     for index, (prompt, count) in enumerate(wanted):
         engine.add(str(index), prompt, greedy(count))
     outputs: dict[str, list[StepOutput]] = {str(index): [] for index in range(len(wanted))}
@@ -117,7 +96,7 @@ def test_aborts_at_any_step_free_their_blocks_and_harm_nobody(
 
 def test_requests_with_the_same_beginning_share_its_blocks() -> None:
     prompt = list(range(1, 14))  # three full blocks of 4, and one token
-    engine = Engine(CONFIG, SumRunner(num_blocks=12), max_batch_size=4)
+    engine = Engine(CONFIG, runner(12), EngineOptions(max_batch_size=4))
     first = engine.generate([prompt], greedy(3))
     assert engine.prefix_hit_rate == 0
     again = engine.generate([prompt, [*prompt[:12], 50], prompt], greedy(3))
@@ -129,7 +108,7 @@ def test_requests_with_the_same_beginning_share_its_blocks() -> None:
 
 def test_a_shared_beginning_is_held_once_while_requests_run() -> None:
     prompt = list(range(1, 14))
-    engine = Engine(CONFIG, SumRunner(num_blocks=12), max_batch_size=4)
+    engine = Engine(CONFIG, runner(12), EngineOptions(max_batch_size=4))
     engine.generate([prompt], greedy(1))
     for name in "abc":
         engine.add(name, prompt, greedy(4))
@@ -139,13 +118,13 @@ def test_a_shared_beginning_is_held_once_while_requests_run() -> None:
 
 
 def test_preemption_happens_and_is_counted() -> None:
-    engine = Engine(CONFIG, SumRunner(num_blocks=8), max_batch_size=8)
+    engine = Engine(CONFIG, runner(8), EngineOptions(max_batch_size=8))
     engine.generate([[1, 2, 3]] * 6, greedy(20))
     assert engine.num_preemptions > 0
 
 
 def test_a_long_prompt_does_not_stall_a_running_request() -> None:
-    engine = Engine(CONFIG, SumRunner(num_blocks=16), max_prefill_tokens=4)
+    engine = Engine(CONFIG, runner(16), EngineOptions(max_prefill_tokens=4))
     engine.add("running", [5], greedy(30))
     engine.step()
     engine.add("long", [7] * 30, greedy(1))
@@ -156,7 +135,7 @@ def test_a_long_prompt_does_not_stall_a_running_request() -> None:
 
 def test_stop_ids_end_a_request_and_are_left_out() -> None:
     tokens, _ = expected([3, 4], 10)
-    engine = Engine(CONFIG, SumRunner())
+    engine = Engine(CONFIG, runner())
     [completion] = engine.generate([[3, 4]], greedy(10, stop_token_ids=(tokens[2],)))
     assert completion.token_ids == tokens[: tokens.index(tokens[2])]
     assert completion.finish_reason == "stop"
@@ -164,7 +143,7 @@ def test_stop_ids_end_a_request_and_are_left_out() -> None:
 
 def test_ignore_eos_goes_on() -> None:
     prompt = next([a, b] for a in range(1, VOCAB) for b in range(1, VOCAB) if (a + 2 * b) % VOCAB == 0)
-    engine = Engine(CONFIG, SumRunner())
+    engine = Engine(CONFIG, runner())
     assert engine.generate([prompt], greedy(3))[0].token_ids == []
     assert len(engine.generate([prompt], greedy(3, ignore_eos=True))[0].token_ids) == 3
 
@@ -182,11 +161,11 @@ def test_ignore_eos_goes_on() -> None:
 def test_a_request_that_cannot_run_is_refused_before_any_starts(
     prompt: list[int], params: SamplingParams, message: str
 ) -> None:
-    runner = SumRunner()
-    engine = Engine(CONFIG, runner)
+    fake = runner()
+    engine = Engine(CONFIG, fake)
     with pytest.raises(RequestError, match=message):
         engine.generate([[1, 2], prompt], params)
-    assert runner.num_calls == 0
+    assert fake.num_calls == 0
     assert not engine.has_unfinished()
     assert engine.num_free_blocks == 8
 
@@ -197,12 +176,12 @@ def test_a_request_that_cannot_run_is_refused_before_any_starts(
 )
 def test_parameters_naming_ids_outside_the_vocabulary_are_refused(change: dict[str, object], name: str) -> None:
     with pytest.raises(RequestError, match=f"{name} has id 101, outside the vocabulary"):
-        Engine(CONFIG, SumRunner()).generate([[1]], greedy(1, **change))
+        Engine(CONFIG, runner()).generate([[1]], greedy(1, **change))
 
 
 def test_min_tokens_holds_back_the_end_and_logprobs_cover_every_token() -> None:
     prompt = next([a, b] for a in range(1, VOCAB) for b in range(1, VOCAB) if (a + 2 * b) % VOCAB == 0)
-    [completion] = Engine(CONFIG, SumRunner()).generate([prompt], greedy(3, min_tokens=2, logprobs=1))
+    [completion] = Engine(CONFIG, runner()).generate([prompt], greedy(3, min_tokens=2, logprobs=1))
     assert len(completion.token_ids) >= 2
     assert completion.logprobs is not None
     assert [report.token_id for report in completion.logprobs] == completion.token_ids
@@ -211,26 +190,8 @@ def test_min_tokens_holds_back_the_end_and_logprobs_cover_every_token() -> None:
     assert all(report.top[0][0] == report.token_id for report in completion.logprobs[1:])
 
 
-def test_a_failed_draw_changes_nothing_and_the_step_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(CONFIG, SumRunner())
-    engine.add("a", [3, 4], greedy(3))
-    engine.add("b", [5, 6, 7], greedy(3))
-    engine.step()
-    engine.step()
-    with monkeypatch.context() as patch:
-        patch.setattr("llama31_core.inference.request.Request.draw", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            engine.step()
-    tokens: dict[str, list[int]] = {"a": [], "b": []}
-    while engine.has_unfinished():
-        for output in engine.step():
-            tokens[output.request_id] += output.token_ids
-    assert tokens["b"] == expected([5, 6, 7], 3)[0][-len(tokens["b"]) :]
-    assert engine.num_free_blocks == 8
-
-
 def test_an_interrupted_generate_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(CONFIG, SumRunner())
+    engine = Engine(CONFIG, runner())
     with monkeypatch.context() as patch:
         patch.setattr(SumRunner, "forward", _interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -245,7 +206,7 @@ def _interrupt(*_: object) -> None:
 
 
 def test_generate_does_not_run_beside_added_requests() -> None:
-    engine = Engine(CONFIG, SumRunner())
+    engine = Engine(CONFIG, runner())
     engine.add("mine", [1], greedy(1))
     with pytest.raises(RequestError, match="generate runs alone"):
         engine.generate([[1]], greedy(1))
@@ -254,18 +215,16 @@ def test_generate_does_not_run_beside_added_requests() -> None:
 @pytest.mark.parametrize("prompt", [["123"], [1.9], [True]])
 def test_prompts_that_are_no_ids_are_refused(prompt: list[object]) -> None:
     with pytest.raises(RequestError, match="no integer"):
-        Engine(CONFIG, SumRunner()).generate([prompt], greedy(1))  # type: ignore[list-item]
+        Engine(CONFIG, runner()).generate([prompt], greedy(1))  # type: ignore[list-item]
 
 
 def test_max_tokens_none_fills_the_context() -> None:
-    [completion] = Engine(CONFIG, SumRunner()).generate(
-        [[1] * 10], SamplingParams(None, temperature=0, ignore_eos=True)
-    )
+    [completion] = Engine(CONFIG, runner()).generate([[1] * 10], SamplingParams(None, temperature=0, ignore_eos=True))
     assert len(completion.token_ids) == 22
 
 
 def test_an_id_in_use_is_refused() -> None:
-    engine = Engine(CONFIG, SumRunner())
+    engine = Engine(CONFIG, runner())
     engine.add("a", [1], greedy(1))
     with pytest.raises(RequestError, match="'a' is in use"):
         engine.add("a", [1], greedy(1))
@@ -274,4 +233,4 @@ def test_an_id_in_use_is_refused() -> None:
 
 def test_a_context_larger_than_the_cache_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"max_seq_len is 33, allowed is 1 to 32"):
-        Engine(CONFIG, SumRunner(), max_seq_len=33)
+        Engine(CONFIG, runner(), EngineOptions(max_seq_len=33))

@@ -11,7 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama31_core.checkpoint.names import spell
 from llama31_core.config import ModelConfig, RopeScaling
+from llama31_core.inference.batch import ForwardInput
 from llama31_core.inference.engine import Engine
+from llama31_core.inference.options import EngineOptions
 from llama31_core.inference.runner import GraphRunner
 from llama31_core.inference.sampling_params import SamplingParams
 
@@ -48,11 +50,11 @@ def test_prefill_in_chunks_and_decode_in_a_batch_equal_the_whole_sequence(
     long_table, short_table = list(range(39, 19, -1)), [3, 1, 7]
     want_long, want_short = reference_logits(weights, long), reference_logits(weights, short)
 
-    runner.forward([long[:100]], [0], [long_table])
-    got = runner.forward([long[100:149]], [100], [long_table])
-    np.testing.assert_allclose(got[0], want_long[148], atol=1e-4)
-    runner.forward([short[:20]], [0], [short_table])
-    got = runner.forward([[short[20]], [long[149]]], [20, 149], [short_table, long_table])
+    assert len(runner.forward(ForwardInput([long[:100]], [0], [long_table], [0]))) == 0
+    # Rows of different length, and logits of one, of several and of all tokens.
+    got = runner.forward(ForwardInput([long[100:149], short[:19]], [100, 0], [long_table, short_table], [3, 19]))
+    np.testing.assert_allclose(got, [*want_long[146:149], *want_short[:19]], atol=1e-4)
+    got = runner.forward(ForwardInput([short[19:21], [long[149]]], [19, 149], [short_table, long_table], [1, 1]))
     np.testing.assert_allclose(got, [want_short[20], want_long[149]], atol=1e-4)
 
 
@@ -60,7 +62,7 @@ def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
     random_weights: Callable[..., Weights], build_runner: Callable[..., GraphRunner]
 ) -> None:
     weights = random_weights(CONFIG)
-    engine = Engine(CONFIG, build_runner(CONFIG, weights), max_batch_size=3, max_prefill_tokens=16)
+    engine = Engine(CONFIG, build_runner(CONFIG, weights), EngineOptions(max_batch_size=3, max_prefill_tokens=16))
     rng = np.random.default_rng(4)
     prompts = [rng.integers(0, 320, size).tolist() for size in (1, 40, 7, 16, 33)]
     completions = engine.generate(prompts, SamplingParams(max_tokens=12, temperature=0))

@@ -19,5 +19,9 @@ class RequestError(Llama31Error):
     """A request that the engine refuses before any work starts."""
 
 
+class SamplingError(Llama31Error):
+    """Logits from which no token can be drawn; it ends the request."""
+
+
 class DatasetError(Llama31Error):
     """Training data that is missing, damaged or made for another model."""

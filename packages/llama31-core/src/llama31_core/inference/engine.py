@@ -5,33 +5,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from llama31_core.config import ModelConfig
-from llama31_core.errors import ConfigError, RequestError
+from llama31_core.errors import RequestError
+from llama31_core.inference.batch import BlockMove, Runner
 from llama31_core.inference.block_manager import BlockManager
-from llama31_core.inference.request import Completion, FinishReason, Request, StepOutput
-from llama31_core.inference.sampling import Sampler
+from llama31_core.inference.cache import SequenceCache
+from llama31_core.inference.cache_plan import largest_request
+from llama31_core.inference.engine_plan import EnginePlan
+from llama31_core.inference.execution import Execution
+from llama31_core.inference.limits import RequestLimits
+from llama31_core.inference.options import EngineOptions
+from llama31_core.inference.progress import Group
+from llama31_core.inference.request import Completion, Request, StepOutput
 from llama31_core.inference.sampling_params import SamplingParams
-from llama31_core.inference.scheduler import Batch, Scheduler
-
-
-class Runner(Protocol):
-    """Computes batches. The engine's tests use one whose logits can be worked out by hand."""
-
-    num_blocks: int
-    block_size: int
-
-    def forward(
-        self, token_ids_BT: list[list[int]], starts_B: list[int], block_tables: list[list[int]]
-    ) -> npt.NDArray[np.float32]:
-        """Store keys and values of B times T new tokens, the first at position `starts`, and give logits (B, V)
-        of each last token."""
+from llama31_core.inference.scheduler import Scheduler, urgency
+from llama31_core.inference.speculation import NgramProposer, Proposer
+from llama31_core.inference.stats import EngineStats
 
 
 class Engine:
@@ -40,98 +34,138 @@ class Engine:
     Args:
         config: the model's architecture, for its vocabulary and end ids.
         runner: computes the batches.
-        max_seq_len: tokens of prompt and completion of one request; at most the model's context and the cache.
-        max_batch_size: requests that run at once; more wait.
-        max_prefill_tokens: tokens of a prompt computed at once.
+        options: sizes and limits; those of the cache are the runner's.
+        proposer: guesses tokens ahead, if `options.num_speculative_tokens` asks for it; prompt lookup if None.
+        clock: seconds that only go forward.
+
+    Raises:
+        ConfigError: `max_seq_len` is more than the model's context and the runner's cache hold.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         runner: Runner,
+        options: EngineOptions | None = None,
         *,
-        max_seq_len: int | None = None,
-        max_batch_size: int = 16,
-        max_prefill_tokens: int = 512,
+        proposer: Proposer | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
+        self.options = options = options or EngineOptions()
         self._runner = runner
-        in_cache = runner.num_blocks * runner.block_size
-        limit = min(config.max_seq_len, in_cache)
-        if max_seq_len is not None and not 1 <= max_seq_len <= limit:
-            raise ConfigError(
-                f"max_seq_len is {max_seq_len}, allowed is 1 to {limit} "
-                f"(context {config.max_seq_len}, cache {in_cache} tokens); enlarge the cache with num_blocks"
-            )
-        for name, value in (("max_batch_size", max_batch_size), ("max_prefill_tokens", max_prefill_tokens)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}, allowed is >= 1")
-        self.max_seq_len = max_seq_len or limit
+        self._clock = clock
+        self.max_seq_len = largest_request(config, options.max_seq_len, runner.num_blocks, runner.block_size)
+        self._limits = RequestLimits(config, options, self.max_seq_len, runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(
-            BlockManager(runner.num_blocks, runner.block_size), max_batch_size, max_prefill_tokens
+            SequenceCache(BlockManager(runner.num_blocks, runner.block_size), runner.num_host_blocks),
+            options.max_batch_size,
+            options.max_prefill_tokens,
+            options.max_prefill_batch_size,
+            options.max_queue_delay_s,
+            options.num_speculative_tokens,
         )
-        self._requests: dict[str, Request] = {}
+        guesses = options.num_speculative_tokens > 0
+        self._execution = Execution(runner, self._scheduler, (proposer or NgramProposer()) if guesses else None)
+
+    @staticmethod
+    def plan(model_dir: str | Path, options: EngineOptions | None = None) -> EnginePlan:
+        """What `from_pretrained` would build, from config.json alone: to refuse what cannot work before weights load.
+
+        Raises:
+            ConfigError: config.json is missing or not that of a Llama model, or memory does not suffice.
+        """
+        return EnginePlan.make(ModelConfig.from_pretrained(model_dir), options or EngineOptions())
 
     @classmethod
     def from_pretrained(
         cls,
         model_dir: str | Path,
+        options: EngineOptions | None = None,
         *,
         max_seq_len: int | None = None,
         num_blocks: int | None = None,
         block_size: int = 16,
         max_batch_size: int = 16,
         max_prefill_tokens: int = 512,
+        draft_model_dir: str | Path | None = None,
     ) -> Engine:
         """An engine for a model directory.
 
         Args:
             model_dir: holds config.json and the weights.
-            max_seq_len: tokens of prompt and completion of one request; the most that context and cache hold if None.
-            num_blocks: blocks of the cache; a gibibyte of cache if None.
-            block_size: tokens that one block holds.
-            max_batch_size: requests that run at once.
-            max_prefill_tokens: tokens of a prompt computed at once.
+            options: all sizes and limits; the arguments below are the ones most often given, for use without it.
+            max_seq_len, num_blocks, block_size, max_batch_size, max_prefill_tokens: see EngineOptions.
+            draft_model_dir: a smaller model of the same vocabulary, to guess tokens; prompt lookup if None.
 
         Raises:
-            ConfigError: config.json is missing or not that of a Llama model.
+            ConfigError: config.json is missing or not that of a Llama model, or memory does not suffice.
             CheckpointError: the weights are missing, damaged or of another shape.
         """
-        from llama31_core.inference.runner import GraphRunner  # MindSpore: seconds to import
-
-        config = ModelConfig.from_pretrained(model_dir)
-        runner = GraphRunner.from_pretrained(Path(model_dir), config, num_blocks=num_blocks, block_size=block_size)
-        return cls(
-            config,
-            runner,
+        options = options or EngineOptions(
             max_seq_len=max_seq_len,
+            num_blocks=num_blocks,
+            block_size=block_size,
             max_batch_size=max_batch_size,
             max_prefill_tokens=max_prefill_tokens,
         )
+        plan = cls.plan(model_dir, options)
+        draft = None if draft_model_dir is None else plan.for_draft(ModelConfig.from_pretrained(draft_model_dir))
+        from llama31_core.inference.runner import GraphRunner  # MindSpore: seconds to import
+
+        runner = GraphRunner.from_pretrained(Path(model_dir), plan.config, plan.cache)
+        if draft is None or draft_model_dir is None:
+            return cls(plan.config, runner, options)
+        from llama31_core.inference.draft_model import DraftModelProposer
+
+        draft_runner = GraphRunner.from_pretrained(Path(draft_model_dir), draft.config, draft.cache)
+        return cls(plan.config, runner, options, proposer=DraftModelProposer(draft_runner, runner))
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks of the cache that no request owns."""
-        return self._scheduler.blocks.num_free
+        return self._scheduler.cache.blocks.num_free
 
     @property
     def num_preemptions(self) -> int:
-        """How often a request gave its blocks back to be computed again later."""
+        """How often a sequence had to make room."""
         return self._scheduler.num_preemptions
 
     @property
     def prefix_hit_rate(self) -> float:
         """Share of the tokens to prefill that were found in the cache."""
-        return self._scheduler.num_prefix_hit_tokens / max(1, self._scheduler.num_prefill_tokens)
+        return self.stats().prefix_hit_rate
+
+    def stats(self) -> EngineStats:
+        """Counters since the engine was made, and what it holds now."""
+        scheduler, cache, execution = self._scheduler, self._scheduler.cache, self._execution
+        return EngineStats(
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_free_blocks=cache.blocks.num_free,
+            num_free_host_blocks=cache.num_free_host,
+            num_preemptions=scheduler.num_preemptions,
+            num_swapped_out=cache.num_swapped_out,
+            num_swapped_in=cache.num_swapped_in,
+            num_prefill_tokens=cache.num_entered_tokens,
+            num_prefix_hit_tokens=cache.num_hit_tokens,
+            num_drafted_tokens=execution.progress.num_drafted,
+            num_accepted_tokens=execution.progress.num_accepted,
+            num_failed_requests=execution.num_failed,
+            num_failed_passes_in_a_row=execution.num_failed_passes_in_a_row,
+        )
 
     def warm_up(self) -> None:
-        """Compile and run once, so that the first request does not wait for it."""
+        """Compile and run everything once, so that no request waits for it."""
+        self._runner.move_blocks([BlockMove("copy", 0, 0)])
+        if self._runner.num_host_blocks:
+            self._runner.move_blocks([BlockMove("out", 0, 0), BlockMove("in", 0, 0)])
         self.generate([[0]], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """Complete every prompt; the results are in the order of the prompts.
+        """Complete every prompt; the results are in the order of the prompts, n of each.
 
         Raises:
             RequestError: a prompt that does not fit; none of them is started then.
@@ -139,96 +173,73 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one, or one a prompt")
-        if self._requests:
+        if self._execution.groups:
             raise RequestError("generate runs alone; step the added requests to their end first, or abort them")
         pairs = enumerate(zip(prompts, each, strict=True))
-        requests = {str(i): self._build_request(str(i), prompt, own) for i, (prompt, own) in pairs}
-        reasons: dict[str, FinishReason] = {}
+        requests = [self._build_request(str(index), prompt, own, 0) for index, (prompt, own) in pairs]
+        parts: dict[tuple[str, int], list[StepOutput]] = {}
         try:
-            for request in requests.values():
-                self._enqueue(request)
-            while len(reasons) < len(requests):
-                ended = ((output.request_id, output.finish_reason) for output in self.step())
-                reasons.update((name, reason) for name, reason in ended if reason is not None)
+            for request in requests:
+                self._execution.add(Group.start(request))
+            while self._execution.groups:
+                for output in self._execution.step(math.inf):  # nobody else will come: there is nothing to wait for
+                    parts.setdefault((output.request_id, output.index), []).append(output)
         finally:
-            for name in requests:  # an interruption leaves nothing behind; what has ended is not there any more
-                self.abort(name)
-        return [
-            Completion(r.output_ids, reasons[name], None if r.params.logprobs is None else r.output_logprobs)
-            for name, r in requests.items()
-        ]
+            for request in requests:  # an interruption leaves nothing behind; what has ended is not there any more
+                self.abort(request.request_id)
+        return [_join(parts[request.request_id, index]) for request in requests for index in range(request.params.n)]
 
-    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request.
+    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, priority: int = 0) -> None:
+        """Queue a request; a lower priority number is served first (see `EngineOptions.priority_step_s`).
 
         Raises:
             RequestError: the id is in use, the prompt is empty, has ids outside the vocabulary or does not fit.
         """
-        self._enqueue(self._build_request(request_id, prompt_ids, params))
+        if request_id in self._execution.groups:
+            raise RequestError(f"request id {request_id!r} is in use")
+        self._execution.add(Group.start(self._build_request(request_id, prompt_ids, params, priority)))
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks at once; false if there is none of that id."""
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return False
-        self._scheduler.finish(request)
-        return True
+        return self._execution.drop(request_id)
 
     def has_unfinished(self) -> bool:
-        """Whether `step` has anything to do."""
-        return bool(self._requests)
+        """Whether there are requests that have not ended."""
+        return bool(self._execution.groups)
+
+    def gathering_s(self) -> float:
+        """How long `step` would have nothing to do because new requests wait for others (`max_queue_delay_s`)."""
+        return 0.0 if self._scheduler.running else self._scheduler.gathering_s(self._clock())
 
     def step(self) -> list[StepOutput]:
-        """Compute the next batches and give what they added to each request."""
-        return [output for batch in self._scheduler.schedule() for output in self._run(batch)]
+        """Compute the next batches and give what they added to each request.
 
-    def _run(self, batch: Batch) -> list[StepOutput]:
-        token_ids_BT = [request.uncached_ids(batch.num_tokens) for request in batch.requests]
-        starts_B = [request.num_cached for request in batch.requests]
-        logits_BV = self._runner.forward(token_ids_BT, starts_B, [request.block_table for request in batch.requests])
-        # Drawn before anything is noted: if that fails, no request has changed and the step can be taken again.
-        # A chunk of a prompt draws nothing: its logits predict a token that is known.
-        complete = [request.num_cached + batch.num_tokens == request.num_tokens for request in batch.requests]
-        rows = list(zip(batch.requests, logits_BV, complete, strict=True))
-        drawn = [request.draw(logits_V) if is_complete else None for request, logits_V, is_complete in rows]
-        outputs = []
-        for (request, logits_V, _), token in zip(rows, drawn, strict=True):
-            self._scheduler.computed(request, batch.num_tokens)
-            if token is None:
-                continue
-            output = request.accept(token, logits_V)
-            outputs.append(output)
-            if output.finish_reason is not None:
-                self._scheduler.finish(self._requests.pop(request.request_id))
-        return outputs
+        A request that fails ends with the reason "error" and harms no other: a batch that fails is computed again, one
+        request at a time.
+        """
+        return self._execution.step(self._clock())
 
-    def _enqueue(self, request: Request) -> None:
-        self._requests[request.request_id] = request
-        self._scheduler.add(request)
-
-    def _build_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
-        if any(isinstance(token, bool) or not isinstance(token, (int, np.integer)) for token in prompt_ids):
-            raise RequestError("the prompt holds something that is no integer; give token ids")
-        prompt = [int(token) for token in prompt_ids]
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use")
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        outside = next((token for token in prompt if not 0 <= token < self.config.vocab_size), None)
-        if outside is not None:
-            raise RequestError(f"prompt id {outside} is outside the vocabulary (0 to {self.config.vocab_size - 1})")
-        for name, largest in params.named_ids().items():
-            if largest >= self.config.vocab_size:
-                last = self.config.vocab_size - 1
-                raise RequestError(f"{name} has id {largest}, outside the vocabulary (0 to {last})")
-        room = self.max_seq_len - len(prompt)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if room < 1 or max_tokens > room:
-            raise RequestError(
-                f"a prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} exceed the {self.max_seq_len} "
-                f"tokens of a request; shorten the prompt, lower max_tokens or raise max_seq_len"
-            )
+    def _build_request(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, priority: int
+    ) -> Request:
+        prompt, max_tokens = self._limits.check(prompt_ids, params)
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= frozenset(self.config.eos_token_ids)
-        return Request(request_id, prompt, params, max_tokens, stop_ids, Sampler(params, stop_ids))
+        now_s = self._clock()
+        rank = urgency(now_s, priority, self.options.priority_step_s)
+        return Request(request_id, prompt, params, max_tokens, stop_ids, now_s, rank)
+
+
+def _join(parts: list[StepOutput]) -> Completion:
+    last = parts[-1]
+    assert last.finish_reason is not None
+    return Completion(
+        [token for part in parts for token in part.token_ids],
+        last.finish_reason,
+        None if last.logprobs is None else [report for part in parts for report in part.logprobs or []],
+        last.index,
+        last.error,
+        parts[0].prompt_logprobs,
+        last.score,
+    )

@@ -1,7 +1,8 @@
 """Runs batches of tokens through the model on a device: lists of ids in, NumPy logits out.
 
-One graph with dynamic shapes computes prefill and decode of any batch, so nothing is compiled after the first call.
-Shapes: B sequences, T new tokens of each, M blocks of the longest sequence, V = vocab_size.
+One graph with dynamic shapes computes prefill, decode and the check of guesses for any batch, so nothing is compiled
+after the first call. Shapes: B sequences, T new tokens of each, M blocks of the longest sequence, N rows of logits,
+V = vocab_size.
 """
 
 from __future__ import annotations
@@ -16,22 +17,26 @@ from mindspore.nn.utils import no_init_parameters
 
 from llama31_core.checkpoint import check_weights, open_weights
 from llama31_core.config import ModelConfig
-from llama31_core.errors import ConfigError
+from llama31_core.inference.batch import BlockMove, ForwardInput
+from llama31_core.inference.block_io import BlockIO
+from llama31_core.inference.cache_plan import CachePlan
 from llama31_core.model import Llama, PagedAttention
 
-_DEFAULT_CACHE_BYTES = 1 << 30
+_Ints = npt.NDArray[np.int32]
 
 
-class _LastLogits(nn.Cell):  # type: ignore[misc]
-    """The model with the head applied to the last token of every sequence alone."""
+class _WantedLogits(nn.Cell):  # type: ignore[misc]
+    """The model with the head applied to some of the tokens alone."""
 
     def __init__(self, llama: Llama) -> None:
         super().__init__(auto_prefix=False)
         self.llama = llama
 
-    def construct(self, tokens_BT: Tensor, positions_BT: Tensor, slots_BT: Tensor, block_tables_BM: Tensor) -> Tensor:
+    def construct(
+        self, tokens_BT: Tensor, positions_BT: Tensor, slots_BT: Tensor, block_tables_BM: Tensor, wanted_N: Tensor
+    ) -> Tensor:
         hidden_BTE = self.llama.model(tokens_BT, positions_BT, slots_BT, block_tables_BM)
-        return self.llama.logits(hidden_BTE[:, -1])
+        return self.llama.logits(hidden_BTE.reshape(-1, hidden_BTE.shape[-1])[wanted_N])
 
 
 class GraphRunner:
@@ -41,51 +46,73 @@ class GraphRunner:
         llama: a model built with `PagedAttention` over `num_blocks` blocks of `block_size` tokens.
         num_blocks: blocks of the cache.
         block_size: tokens of a block.
+        num_host_blocks: blocks of host memory to swap to.
     """
 
-    def __init__(self, llama: Llama, num_blocks: int, block_size: int) -> None:
+    def __init__(self, llama: Llama, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         ms.set_context(mode=ms.GRAPH_MODE)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._net = _LastLogits(llama)
+        self.num_host_blocks = num_host_blocks
+        self._net = _WantedLogits(llama)
         self._net.set_train(False)
         any_shape = Tensor(shape=[None, None], dtype=ms.int32)
-        self._net.set_inputs(any_shape, any_shape, any_shape, any_shape)
+        self._net.set_inputs(any_shape, any_shape, any_shape, any_shape, Tensor(shape=[None], dtype=ms.int32))
+        caches = [parameter for name, parameter in llama.parameters_and_names() if name.endswith("_cache")]
+        self._block_io = BlockIO(caches, num_blocks, num_host_blocks)
 
     @classmethod
-    def from_pretrained(
-        cls, model_dir: Path, config: ModelConfig, *, num_blocks: int | None = None, block_size: int = 16
-    ) -> GraphRunner:
+    def from_pretrained(cls, model_dir: Path, config: ModelConfig, plan: CachePlan) -> GraphRunner:
         """The model of a model directory, its weights as float32 (what CPU matrix products take)."""
-        if block_size < 1 or (num_blocks is not None and num_blocks < 1):
-            raise ConfigError(f"block_size is {block_size} and num_blocks {num_blocks}, allowed is >= 1")
         weights = open_weights(model_dir)
         check_weights(weights, config)
-        if num_blocks is None:
-            block_bytes = 2 * 4 * config.n_layers * config.n_kv_heads * config.head_dim * block_size
-            context_blocks = -(-config.max_seq_len // block_size)
-            num_blocks = max(1, min(_DEFAULT_CACHE_BYTES // block_bytes, 16 * context_blocks))
         with no_init_parameters():
-            llama = Llama(config, lambda: PagedAttention(config, num_blocks, block_size))
+            llama = Llama(config, lambda: PagedAttention(config, plan.num_blocks, plan.block_size))
         for name, parameter in llama.parameters_and_names():
             if name.endswith("_cache"):
                 parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
             else:
                 parameter.set_data(Tensor.from_numpy(weights.read(name).astype(np.float32)))
-        return cls(llama, num_blocks, block_size)
+        return cls(llama, plan.num_blocks, plan.block_size, plan.num_host_blocks)
 
-    def forward(
-        self, token_ids_BT: list[list[int]], starts_B: list[int], block_tables: list[list[int]]
-    ) -> npt.NDArray[np.float32]:
-        """Store keys and values of the new tokens and give the logits (B, V) of each sequence's last one."""
-        tokens_BT = np.asarray(token_ids_BT, np.int32)
-        positions_BT = np.asarray(starts_B, np.int32)[:, None] + np.arange(tokens_BT.shape[1], dtype=np.int32)
+    def move_blocks(self, moves: list[BlockMove]) -> None:
+        """See Runner."""
+        self._block_io.move(moves)
+
+    def forward(self, batch: ForwardInput) -> npt.NDArray[np.float32]:
+        """See Runner."""
+        arrays = (*self._inputs(batch), _wanted(batch))
+        logits: npt.NDArray[np.float32] = self._net(*(Tensor(array) for array in arrays)).asnumpy()
+        return logits[: sum(batch.num_logits)]
+
+    def _inputs(self, batch: ForwardInput) -> tuple[_Ints, _Ints, _Ints, _Ints]:
+        """Tokens, positions and slots (B, T), block tables (B, M).
+
+        A shorter row ends in repetitions of its last token, which write once more what that one wrote.
+        """
+        lengths_B1 = np.array([[len(tokens)] for tokens in batch.token_ids], np.int32)
+        columns_BT = np.minimum(np.arange(lengths_B1.max(), dtype=np.int32), lengths_B1 - 1)
+        tokens_BT = np.take_along_axis(_rectangle(batch.token_ids), columns_BT, axis=1)
+        positions_BT = np.array(batch.starts, np.int32)[:, None] + columns_BT
         # A table's tail beyond its own blocks points at block 0; the mask on positions hides it.
-        tables_BM = np.zeros((len(block_tables), max(map(len, block_tables))), np.int32)
-        for row, table in zip(tables_BM, block_tables, strict=True):
-            row[: len(table)] = table
+        tables_BM = _rectangle(batch.block_tables)
         slots_BT = np.take_along_axis(tables_BM, positions_BT // self.block_size, axis=1) * self.block_size
         slots_BT += positions_BT % self.block_size
-        inputs = (Tensor(array) for array in (tokens_BT, positions_BT, slots_BT, tables_BM))
-        logits: npt.NDArray[np.float32] = self._net(*inputs).asnumpy()
-        return logits
+        return tokens_BT, positions_BT, slots_BT, tables_BM
+
+
+def _rectangle(rows: list[list[int]]) -> _Ints:
+    """Rows of different length, filled up with zeros."""
+    out = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return out
+
+
+def _wanted(batch: ForwardInput) -> _Ints:
+    """Which of the B * T tokens logits are wanted of: at least one, for the graph's sake."""
+    longest = max(map(len, batch.token_ids))
+    spans = enumerate(zip(batch.token_ids, batch.num_logits, strict=True))
+    ends = ((index * longest + len(tokens), count) for index, (tokens, count) in spans)
+    rows = [np.arange(end - count, end, dtype=np.int32) for end, count in ends if count]
+    return np.concatenate(rows) if rows else np.zeros(1, np.int32)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from llama31_core.errors import RequestError
+from llama31_core.inference.logits_mask import LogitsMaskFactory
 
 MAX_LOGPROBS = 100
 MIN_TEMPERATURE = 1e-4
@@ -39,6 +40,14 @@ class SamplingParams:
         seed: makes sampling repeatable; None draws a fresh one.
         stop_token_ids: end the request, beside the model's own end ids. They are not part of the completion.
         ignore_eos: the model's own end ids do not end the request.
+        n: completions of the prompt, which is computed once; completion i draws with seed + i. With beams: how many of
+            the best are reported.
+        prompt_logprobs: report the log-probability of every prompt token and of this many likeliest ones in its place.
+        logits_mask: restricts the completion (see `structured`).
+        num_beams: beam search of so many beams, without sampling; 1 for none.
+        length_penalty: a beam's log-probability is divided by its length to this power; more than 0 favours long ones.
+        early_stopping: end the search as soon as there are `num_beams` ended beams (True), when a running beam could
+            not become better than them at its length now (False), or at any length it could reach ("never").
 
     Raises:
         RequestError: a value outside its range.
@@ -60,6 +69,12 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    n: int = 1
+    prompt_logprobs: int | None = None
+    logits_mask: LogitsMaskFactory | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         self._freeze("stop_token_ids", "a sequence of token ids", tuple)
@@ -83,10 +98,26 @@ class SamplingParams:
         self._need("logit_bias", "token ids >= 0 with numbers", biases)
         words = all(word and all(_is_int(token, 0) for token in word) for word in self.bad_words_ids)
         self._need("bad_words_ids", "sequences of at least one token id >= 0", words)
-        reported = self.logprobs is None or (_is_int(self.logprobs, 0) and self.logprobs <= MAX_LOGPROBS)
-        self._need("logprobs", f"0 to {MAX_LOGPROBS}, or None", reported)
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            self._need(name, f"0 to {MAX_LOGPROBS}, or None", count is None or _is_int(count, 0, MAX_LOGPROBS))
+        self._need("n", "an integer >= 1", _is_int(self.n, 1))
+        self._need("num_beams", "an integer >= 1", _is_int(self.num_beams, 1))
+        self._need("length_penalty", "a number", _is_number(self.length_penalty))
+        early = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
+        self._need("early_stopping", 'True, False or "never"', early)
+        masked = self.logits_mask is None or callable(self.logits_mask)
+        self._need("logits_mask", "a function that makes a mask", masked)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower it")
+        if self.num_beams == 1:
+            return
+        if self.temperature != 0 or self.logprobs is not None or self.logits_mask is not None:
+            raise RequestError("num_beams > 1 needs temperature=0 and goes with neither logprobs nor logits_mask")
+        if self.n > self.num_beams:
+            raise RequestError(f"n={self.n} is more than num_beams={self.num_beams}; lower it or raise num_beams")
 
     def _freeze(self, name: str, allowed: str, kind: Callable[[Any], object]) -> None:
         try:
@@ -108,8 +139,10 @@ class SamplingParams:
         return {name: max(named) for name, named in ids.items() if named}
 
 
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= least
+def _is_int(value: object, least: int, most: int | None = None) -> bool:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        return False
+    return int(value) >= least and (most is None or int(value) <= most)
 
 
 def _is_number(value: object) -> bool:

@@ -1,0 +1,137 @@
+"""How large the cache is: a model's configuration and a budget in, numbers of blocks out, before weights are read.
+
+Pure arithmetic but for `available_memory_bytes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama31_core.config import ModelConfig
+from llama31_core.errors import ConfigError
+from llama31_core.inference.options import EngineOptions
+
+DEFAULT_CACHE_BYTES = 1 << 30
+_MAX_DEFAULT_CONTEXTS = 16
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Sizes of a model and its cache.
+
+    Attributes:
+        block_size: tokens of a block.
+        num_blocks: on the device.
+        num_host_blocks: on the host.
+        block_bytes: one block of all layers.
+        weight_bytes: the parameters.
+        max_seq_len: tokens that a request may have.
+    """
+
+    block_size: int
+    num_blocks: int
+    num_host_blocks: int
+    block_bytes: int
+    weight_bytes: int
+    max_seq_len: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and both caches."""
+        return self.weight_bytes + (self.num_blocks + self.num_host_blocks) * self.block_bytes
+
+
+def plan_cache(
+    config: ModelConfig, options: EngineOptions, *, bytes_per_number: int = 4, available_bytes: int | None = None
+) -> CachePlan:
+    """Size the cache.
+
+    Args:
+        config: the model.
+        options: the wanted sizes.
+        bytes_per_number: of weights and cache: 4 for float32.
+        available_bytes: memory that weights and caches must fit into; None does not check it.
+
+    Raises:
+        ConfigError: a cache too small for `max_seq_len` or for one block, or more than there is memory for.
+    """
+    block_bytes = block_size_bytes(config, options.block_size, bytes_per_number)
+    num_blocks = options.num_blocks
+    if num_blocks is None:
+        budget = options.cache_memory_bytes or DEFAULT_CACHE_BYTES
+        num_blocks = budget // block_bytes
+        if num_blocks < 1:
+            raise ConfigError(
+                f"cache_memory_bytes is {budget:,}, one block of {options.block_size} tokens takes {block_bytes:,}; "
+                f"raise cache_memory_bytes or lower block_size"
+            )
+        if options.cache_memory_bytes is None:
+            contexts = _MAX_DEFAULT_CONTEXTS * -(-config.max_seq_len // options.block_size)
+            num_blocks = min(num_blocks, contexts)
+    plan = CachePlan(
+        options.block_size,
+        num_blocks,
+        options.num_host_blocks,
+        block_bytes,
+        config.num_parameters * bytes_per_number,
+        largest_request(config, options.max_seq_len, num_blocks, options.block_size, block_bytes),
+    )
+    if available_bytes is not None and plan.total_bytes > available_bytes:
+        raise ConfigError(
+            f"the model needs {_gib(plan.total_bytes)}: {_gib(plan.weight_bytes)} of weights, "
+            f"{_gib(num_blocks * block_bytes)} of cache (num_blocks={num_blocks}) and "
+            f"{_gib(plan.num_host_blocks * block_bytes)} of host cache (num_host_blocks={plan.num_host_blocks}), but "
+            f"{_gib(available_bytes)} are free; lower cache_memory_bytes, num_blocks or num_host_blocks, take a "
+            f"smaller model or a machine with more memory"
+        )
+    return plan
+
+
+def largest_request(
+    config: ModelConfig, max_seq_len: int | None, num_blocks: int, block_size: int, block_bytes: int | None = None
+) -> int:
+    """Tokens that one request may have: `max_seq_len` if that fits, else the most that context and cache hold.
+
+    Raises:
+        ConfigError: `max_seq_len` is more than that.
+    """
+    in_cache = num_blocks * block_size
+    limit = min(config.max_seq_len, in_cache)
+    if max_seq_len is None or max_seq_len <= limit:
+        return max_seq_len or limit
+    if max_seq_len > config.max_seq_len:
+        advice = "lower max_seq_len"
+    else:
+        needed = -(-max_seq_len // block_size)
+        size = "" if block_bytes is None else f" or cache_memory_bytes to {needed * block_bytes:,}"
+        advice = f"raise num_blocks to {needed}{size}, or lower max_seq_len"
+    raise ConfigError(
+        f"max_seq_len is {max_seq_len}, allowed is 1 to {limit} "
+        f"(context {config.max_seq_len}, cache {in_cache} tokens); {advice}"
+    )
+
+
+def block_size_bytes(config: ModelConfig, block_size: int, bytes_per_number: int = 4) -> int:
+    """Bytes of one block: keys and values of `block_size` tokens in every layer."""
+    return 2 * bytes_per_number * config.n_layers * config.n_kv_heads * config.head_dim * block_size
+
+
+def available_memory_bytes() -> int | None:
+    """Host memory that is free for this process: the machine's and, in a container, what its limit leaves; None if the
+    system does not say."""
+    free = []
+    try:
+        fields = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        free += [int(words[1]) * 1024 for words in fields if words[0] == "MemAvailable:"]
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            free.append(int(limit) - int((_CGROUP / "memory.current").read_text()))
+    except (OSError, ValueError, IndexError):
+        pass
+    return min(free, default=None)
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 30):.2f} GiB"
