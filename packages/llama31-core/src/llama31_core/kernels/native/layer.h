@@ -1,0 +1,179 @@
+// One Llama layer from its input rows to its output rows: float32 activations, bfloat16 or float32 weights.
+//
+// Shapes: B sequences, T new tokens of each, E = dim, H query heads, K key-value heads, D width of a head, F = ffn_dim.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "attention.h"
+#include "matmul.h"
+#include "rows.h"
+#include "thread_pool.h"
+
+namespace llama31 {
+
+constexpr int64_t kRowGrain = 32;   // rows of W that are worth a thread
+constexpr int64_t kTokenTile = 16;  // tokens whose queries go through the keys together
+
+struct LayerInputs {
+  const float *x, *turns;  // cosines, then sines
+  const int32_t *positions, *slots, *tables;
+  const float *settings;  // eps, block_size
+  const float *attention_norm, *ffn_norm;
+  const void *wq, *wk, *wv, *wo, *w1, *w2, *w3;
+  float *keys, *values;
+  int64_t batch, tokens, dim, q_width, kv_width, kv_heads, width, ffn, table_length;
+};
+
+// The phases of a layer, over buffers that all layers share.
+template <typename T>
+class Layer {
+ public:
+  Layer(const LayerInputs &in, float *out)
+      : in_(in),
+        out_(out),
+        rows_(in.batch * in.tokens),
+        group_(in.q_width / in.width / in.kv_heads),
+        q_(Buffer<0>(rows_ * in.q_width)),
+        k_(Buffer<1>(rows_ * in.kv_width)),
+        mixed_(Buffer<2>(rows_ * in.q_width)),
+        gated_(Buffer<3>(rows_ * 2 * in.ffn)),
+        input_(InputBuffer(rows_ * std::max({in.dim, in.q_width, in.ffn}))) {}
+
+  void Run() {
+    Norm(in_.x, in_.attention_norm);
+    ProjectHeads();
+    TurnAndStoreKeys();
+    AttendAll();
+    Take(mixed_, in_.q_width, in_.q_width);
+    ProjectAndAdd(in_.wo, in_.q_width, in_.x);
+    Norm(out_, in_.ffn_norm);
+    Gate();
+    Take(gated_, 2 * in_.ffn, in_.ffn);
+    ProjectAndAdd(in_.w2, in_.ffn, out_);
+  }
+
+ private:
+  template <int kIndex>
+  static float *Buffer(int64_t count) {
+    static thread_local std::vector<float> buffer;
+    return Scratch(buffer, count);
+  }
+
+  static T *InputBuffer(int64_t count) {
+    static thread_local std::vector<T> buffer;
+    return Scratch(buffer, count);
+  }
+
+  // Rows of x, normed, become the input of the next product.
+  void Norm(const float *x, const float *weight) {
+    pool_.For(rows_, 16, [&](int64_t begin, int64_t end) {
+      static thread_local std::vector<float> buffer;
+      float *normed = Scratch(buffer, in_.dim);
+      for (int64_t r = begin; r < end; ++r) {
+        RmsNorm(x + r * in_.dim, weight, in_.settings[0], in_.dim, normed);
+        Convert(normed, input_ + r * in_.dim, in_.dim);
+      }
+    });
+  }
+
+  // The first `width` floats of rows that are `stride` apart become the input of the next product.
+  void Take(const float *x, int64_t stride, int64_t width) {
+    pool_.For(rows_, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) Convert(x + r * stride, input_ + r * width, width);
+    });
+  }
+
+  // wq, wk and wv as if they were one matrix; values go straight into the cache.
+  void ProjectHeads() {
+    const int64_t q_end = in_.q_width, k_end = q_end + in_.kv_width, all = k_end + in_.kv_width;
+    pool_.For((all + 3) / 4, kRowGrain / 4, [&](int64_t begin4, int64_t end4) {
+      const int64_t begin = begin4 * 4, end = std::min(end4 * 4, all);
+      const auto part = [&](int64_t from, int64_t to, const void *w, const auto &row_of) {
+        const int64_t first = std::max(begin, from), last = std::min(end, to);
+        if (first >= last) return;
+        MatmulRows(input_, static_cast<const T *>(w), rows_, in_.dim, first - from, last - from,
+                   [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) { _mm_mask_storeu_ps(row_of(m) + n, kept, v); });
+      };
+      part(0, q_end, in_.wq, [&](int64_t m) { return q_ + m * in_.q_width; });
+      part(q_end, k_end, in_.wk, [&](int64_t m) { return k_ + m * in_.kv_width; });
+      part(k_end, all, in_.wv, [&](int64_t m) { return in_.values + in_.slots[m] * in_.kv_width; });
+    });
+  }
+
+  void TurnAndStoreKeys() {
+    pool_.For(rows_, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const float *cosine = in_.turns + r * in_.width / 2, *sine = cosine + rows_ * in_.width / 2;
+        float *query = q_ + r * in_.q_width, *key = k_ + r * in_.kv_width;
+        for (int64_t at = 0; at < in_.q_width; at += in_.width) Rotate(query + at, cosine, sine, in_.width);
+        for (int64_t at = 0; at < in_.kv_width; at += in_.width) Rotate(key + at, cosine, sine, in_.width);
+        std::copy(key, key + in_.kv_width, in_.keys + in_.slots[r] * in_.kv_width);
+      }
+    });
+  }
+
+  void AttendAll() {
+    const int64_t tiles = (in_.tokens + kTokenTile - 1) / kTokenTile;
+    pool_.For(in_.batch * in_.kv_heads * tiles, 1, [&](int64_t begin, int64_t end) {
+      static thread_local Queries queries;
+      static thread_local std::vector<int64_t> offsets_buffer;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t tile = i / (in_.batch * in_.kv_heads), b = i / in_.kv_heads % in_.batch;
+        const int64_t kv_head = i % in_.kv_heads;
+        queries.Clear();
+        for (int64_t t = tile * kTokenTile; t < std::min(in_.tokens, (tile + 1) * kTokenTile); ++t) {
+          const int64_t r = b * in_.tokens + t;
+          for (int64_t g = 0; g < group_; ++g) {
+            const int64_t at = r * in_.q_width + (kv_head * group_ + g) * in_.width;
+            queries.Add(q_ + at, mixed_ + at, in_.positions[r] + 1);
+          }
+        }
+        int64_t *offsets = Scratch(offsets_buffer, queries.longest);
+        FindTokens(in_.tables + b * in_.table_length, queries.longest, static_cast<int64_t>(in_.settings[1]),
+                   in_.kv_width, offsets);
+        const int64_t head = kv_head * in_.width;
+        Attend(queries, {in_.keys + head, in_.values + head, offsets, in_.width});
+      }
+    });
+  }
+
+  void ProjectAndAdd(const void *w, int64_t k, const float *residual) {
+    pool_.For((in_.dim + 3) / 4, kRowGrain / 4, [&](int64_t begin4, int64_t end4) {
+      MatmulRows(input_, static_cast<const T *>(w), rows_, k, begin4 * 4, std::min(end4 * 4, in_.dim),
+                 [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
+                   const __m128 before = _mm_maskz_loadu_ps(kept, residual + m * in_.dim + n);
+                   _mm_mask_storeu_ps(out_ + m * in_.dim + n, kept, _mm_add_ps(before, v));
+                 });
+    });
+  }
+
+  // silu(w1 x) * w3 x, in the first half of each row of gated_.
+  void Gate() {
+    pool_.For((in_.ffn + 3) / 4, kRowGrain / 4, [&](int64_t begin4, int64_t end4) {
+      const int64_t begin = begin4 * 4, end = std::min(end4 * 4, in_.ffn);
+      for (const auto &[w, shift] : {std::pair{in_.w1, int64_t{0}}, std::pair{in_.w3, in_.ffn}}) {
+        MatmulRows(input_, static_cast<const T *>(w), rows_, in_.dim, begin, end,
+                   [&, shift = shift](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
+                     _mm_mask_storeu_ps(gated_ + m * 2 * in_.ffn + shift + n, kept, v);
+                   });
+      }
+      for (int64_t r = 0; r < rows_; ++r) {
+        float *gate = gated_ + r * 2 * in_.ffn;
+        SwiGlu(gate + begin, gate + in_.ffn + begin, end - begin);
+      }
+    });
+  }
+
+  ThreadPool &pool_ = ThreadPool::Get();
+  const LayerInputs &in_;
+  float *out_;
+  int64_t rows_, group_;
+  float *q_, *k_, *mixed_, *gated_;
+  T *input_;
+};
+
+}  // namespace llama31

@@ -1,0 +1,90 @@
+"""The native kernels' library: C++ beside this file in, a shared object in the user's cache out.
+
+It is compiled at first use and found again by a hash of the sources, the compiler and its options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from llama31_core.errors import Llama31Error
+
+_SOURCES = Path(__file__).parent
+# The instructions that the kernels are written in; /proc/cpuinfo's names and the compiler's.
+_FEATURES = {
+    "avx512f": "-mavx512f",
+    "avx512bw": "-mavx512bw",
+    "avx512dq": "-mavx512dq",
+    "avx512vl": "-mavx512vl",
+    "avx512_bf16": "-mavx512bf16",
+    "fma": "-mfma",
+}
+_OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", *_FEATURES.values())
+_COMPILE_LIMIT_S = 120
+
+
+class NativeKernelsError(Llama31Error):
+    """This machine cannot run the native kernels; the portable ones do the same, slower."""
+
+
+@lru_cache(maxsize=1)
+def load_library() -> Path:
+    """The compiled library, built if it is not in the cache yet (about five seconds).
+
+    Raises:
+        NativeKernelsError: switched off by LLAMA31_NATIVE_KERNELS=0, or the CPU lacks an instruction, or there is
+            no C++ compiler, or it failed.
+    """
+    if os.environ.get("LLAMA31_NATIVE_KERNELS") == "0":
+        raise NativeKernelsError("LLAMA31_NATIVE_KERNELS=0 switches the native kernels off")
+    missing = [name for name in _FEATURES if name not in _cpu_features()]
+    if missing:
+        raise NativeKernelsError(f"the native kernels need a CPU with {', '.join(missing)}")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise NativeKernelsError("the native kernels need g++ or clang++ once, to be compiled; install one")
+    library = _cache_directory() / _fingerprint(compiler) / "libllama31_kernels.so"
+    if not library.exists():
+        _compile(compiler, library)
+    return library
+
+
+def _cpu_features() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _cache_directory() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "llama31" / "kernels"
+
+
+def _fingerprint(compiler: str) -> str:
+    digest = hashlib.sha256("\0".join((compiler, *_OPTIONS)).encode())
+    for source in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cc")]):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+        built = Path(directory) / library.name
+        command = [compiler, *_OPTIONS, "-o", str(built), str(_SOURCES / "operators.cc")]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_LIMIT_S)
+        except subprocess.CalledProcessError as error:
+            first = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr[:200])
+            raise NativeKernelsError(f"{compiler} could not compile the native kernels: {first}") from error
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise NativeKernelsError(f"{compiler} could not compile the native kernels: {error}") from error
+        os.replace(built, library)  # two processes may build at once: the last one wins, with the same content

@@ -1,0 +1,138 @@
+// y = x W^T for weights as checkpoints hold them, (N, K) row by row, in bfloat16 or float32.
+//
+// Every output is one dot product whose terms are added in an order that depends on K alone: a row's result is the
+// same bits whatever else is in the batch.
+#pragma once
+
+#include <cstdint>
+#include <algorithm>
+#include <cstring>
+
+#include <immintrin.h>
+
+#include "thread_pool.h"
+
+namespace llama31 {
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+// One step of K: how many elements, how to load them (the last step is masked) and how to multiply and add.
+template <typename T>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  static constexpr int kStep = 16;
+  using Vector = __m512;
+  static Vector Load(const float *p) { return _mm512_loadu_ps(p); }
+  static Vector Load(const float *p, int count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
+  static __m512 MultiplyAdd(__m512 sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
+};
+
+template <>
+struct Lanes<Bf16> {
+  static constexpr int kStep = 32;
+  using Vector = __m512i;
+  static Vector Load(const Bf16 *p) { return _mm512_loadu_si512(p); }
+  static Vector Load(const Bf16 *p, int count) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
+  }
+  static __m512 MultiplyAdd(__m512 sum, Vector a, Vector b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+
+// The sums of four vectors, in the four lanes of one.
+inline __m128 SumEach(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  const __m512 high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  const __m512 sums = _mm512_add_ps(low, high);
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+
+// MR rows of x, `x_stride` apart, times four rows wherever they are.
+template <typename T, int MR>
+inline void Tile(const T *x, int64_t x_stride, const T *const *rows, int64_t k, __m128 *out) {
+  using L = Lanes<T>;
+  __m512 sums[MR][4];
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_setzero_ps();
+  int64_t at = 0;
+  for (; at + L::kStep <= k; at += L::kStep) {
+    typename L::Vector ws[4];
+    for (int j = 0; j < 4; ++j) ws[j] = L::Load(rows[j] + at);
+    for (int i = 0; i < MR; ++i) {
+      const auto xi = L::Load(x + i * x_stride + at);
+      for (int j = 0; j < 4; ++j) sums[i][j] = L::MultiplyAdd(sums[i][j], xi, ws[j]);
+    }
+  }
+  if (at < k) {
+    const int rest = static_cast<int>(k - at);
+    for (int i = 0; i < MR; ++i) {
+      const auto xi = L::Load(x + i * x_stride + at, rest);
+      for (int j = 0; j < 4; ++j) sums[i][j] = L::MultiplyAdd(sums[i][j], xi, L::Load(rows[j] + at, rest));
+    }
+  }
+  for (int i = 0; i < MR; ++i) out[i] = SumEach(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+}
+
+constexpr int kTileRows = 6;
+
+// Any number of rows of x up to kTileRows.
+template <typename T>
+inline void TileOf(int64_t m_rows, const T *x, int64_t x_stride, const T *const *rows, int64_t k, __m128 *out) {
+  switch (m_rows) {
+    case 1: return Tile<T, 1>(x, x_stride, rows, k, out);
+    case 2: return Tile<T, 2>(x, x_stride, rows, k, out);
+    case 3: return Tile<T, 3>(x, x_stride, rows, k, out);
+    case 4: return Tile<T, 4>(x, x_stride, rows, k, out);
+    case 5: return Tile<T, 5>(x, x_stride, rows, k, out);
+    default: return Tile<T, kTileRows>(x, x_stride, rows, k, out);
+  }
+}
+
+// Rows [n_begin, n_end) of W against all M rows of x; store(m, n, four values, mask of those that exist).
+template <typename T, typename Store>
+void MatmulRows(const T *x, const T *w, int64_t m_rows, int64_t k, int64_t n_begin, int64_t n_end,
+                const Store &store) {
+  const int64_t row_bytes = k * static_cast<int64_t>(sizeof(T));
+  // So many rows of x at a time stay in the second-level cache.
+  const int64_t panel = std::max<int64_t>(1, (256 * 1024) / (row_bytes * kTileRows)) * kTileRows;
+  for (int64_t m_begin = 0; m_begin < m_rows; m_begin += panel) {
+    const int64_t m_end = std::min(m_rows, m_begin + panel);
+    for (int64_t n = n_begin; n < n_end; n += 4) {
+      const T *rows[4];  // beyond the last row, the last one again: computed and not stored
+      for (int j = 0; j < 4; ++j) rows[j] = w + std::min<int64_t>(n + j, n_end - 1) * k;
+      const __mmask8 kept = static_cast<__mmask8>((1u << std::min<int64_t>(4, n_end - n)) - 1);
+      for (int64_t m = m_begin; m < m_end; m += kTileRows) {
+        const int64_t tile_rows = std::min<int64_t>(kTileRows, m_end - m);
+        __m128 sums[kTileRows];
+        TileOf(tile_rows, x + m * k, k, rows, k, sums);
+        for (int64_t i = 0; i < tile_rows; ++i) store(m + i, n, sums[i], kept);
+      }
+    }
+  }
+}
+
+// Rows of float32 as the product takes them: as they are, or rounded to the nearest bfloat16.
+inline void Convert(const float *from, float *to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
+
+inline void Convert(const float *from, Bf16 *to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + i), (__m256i)rounded);
+  }
+  if (i < count) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << (count - i)) - 1);
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from + i));
+    _mm256_mask_storeu_epi16(to + i, mask, (__m256i)rounded);
+  }
+}
+
+}  // namespace llama31
