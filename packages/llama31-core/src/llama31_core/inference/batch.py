@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -31,12 +32,14 @@ class ForwardInput:
         starts: the position of the first of them.
         block_tables: the blocks that hold each sequence, new tokens included.
         num_logits: of how many of the last new tokens logits are wanted; 0 for a chunk in the middle of a prompt.
+        adapter_slots: where each sequence's adapter is, 0 for the base model alone; empty if all have that.
     """
 
     token_ids: list[list[int]]
     starts: list[int]
     block_tables: list[list[int]]
     num_logits: list[int]
+    adapter_slots: Sequence[int] = ()
 
 
 class Runner(Protocol):

@@ -11,6 +11,7 @@ from pathlib import Path
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.inference.options import EngineOptions
+from llama31_core.lora.table import adapter_slots_bytes
 
 DEFAULT_CACHE_BYTES = 1 << 30
 _MAX_DEFAULT_CONTEXTS = 16
@@ -26,7 +27,7 @@ class CachePlan:
         num_blocks: on the device.
         num_host_blocks: on the host.
         block_bytes: one block of all layers.
-        weight_bytes: the parameters.
+        weight_bytes: the parameters, with the slots of adapters.
         max_seq_len: tokens that a request may have.
     """
 
@@ -75,7 +76,8 @@ def plan_cache(
         num_blocks,
         options.num_host_blocks,
         block_bytes,
-        config.num_parameters * bytes_per_number,
+        config.num_parameters * bytes_per_number
+        + adapter_slots_bytes(config, options.max_loras, options.max_lora_rank, bytes_per_number),
         largest_request(config, options.max_seq_len, num_blocks, options.block_size, block_bytes),
     )
     if available_bytes is not None and plan.total_bytes > available_bytes:

@@ -26,6 +26,7 @@ from llama31_core.inference.sampling_params import SamplingParams
 from llama31_core.inference.scheduler import Scheduler, urgency
 from llama31_core.inference.speculation import NgramProposer, Proposer
 from llama31_core.inference.stats import EngineStats
+from llama31_core.lora.table import AdapterStore, AdapterTable, LoadedAdapter
 
 
 class Engine:
@@ -36,6 +37,7 @@ class Engine:
         runner: computes the batches.
         options: sizes and limits; those of the cache are the runner's.
         proposer: guesses tokens ahead, if `options.num_speculative_tokens` asks for it; prompt lookup if None.
+        adapters: where the matrices of adapters go; None if the runner has no slots for any.
         clock: seconds that only go forward.
 
     Raises:
@@ -49,6 +51,7 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         proposer: Proposer | None = None,
+        adapters: AdapterStore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -57,6 +60,7 @@ class Engine:
         self._clock = clock
         self.max_seq_len = largest_request(config, options.max_seq_len, runner.num_blocks, runner.block_size)
         self._limits = RequestLimits(config, options, self.max_seq_len, runner.num_blocks, runner.block_size)
+        self._adapters = AdapterTable(config, adapters, options.max_loras, options.max_lora_rank)
         self._scheduler = Scheduler(
             SequenceCache(BlockManager(runner.num_blocks, runner.block_size), runner.num_host_blocks),
             options.max_batch_size,
@@ -109,17 +113,48 @@ class Engine:
             max_batch_size=max_batch_size,
             max_prefill_tokens=max_prefill_tokens,
         )
-        plan = cls.plan(model_dir, options)
+        return cls.from_plan(cls.plan(model_dir, options), model_dir, draft_model_dir=draft_model_dir)
+
+    @classmethod
+    def from_plan(cls, plan: EnginePlan, weights: str | Path, *, draft_model_dir: str | Path | None = None) -> Engine:
+        """The engine that a plan describes; the arguments and errors are those of `from_pretrained`.
+
+        `weights` may be a file without a configuration beside it, as the plan has that.
+        """
         draft = None if draft_model_dir is None else plan.for_draft(ModelConfig.from_pretrained(draft_model_dir))
         from llama31_core.inference.runner import GraphRunner  # MindSpore: seconds to import
 
-        runner = GraphRunner.from_pretrained(Path(model_dir), plan.config, plan.cache)
+        runner = GraphRunner.from_pretrained(Path(weights), plan.config, plan.cache, plan.options)
         if draft is None or draft_model_dir is None:
-            return cls(plan.config, runner, options)
+            return cls(plan.config, runner, plan.options, adapters=runner.adapters)
         from llama31_core.inference.draft_model import DraftModelProposer
 
         draft_runner = GraphRunner.from_pretrained(Path(draft_model_dir), draft.config, draft.cache)
-        return cls(plan.config, runner, options, proposer=DraftModelProposer(draft_runner, runner))
+        proposer = DraftModelProposer(draft_runner, runner)
+        return cls(plan.config, runner, plan.options, proposer=proposer, adapters=runner.adapters)
+
+    @property
+    def adapters(self) -> tuple[LoadedAdapter, ...]:
+        """The adapters that requests can ask for."""
+        return self._adapters.loaded
+
+    def load_adapter(self, name: str, directory: str | Path) -> LoadedAdapter:
+        """Load a LoRA adapter in PEFT's form beside the model; requests choose it by its name. Compiles nothing.
+
+        Raises:
+            ConfigError: the name is taken, or `max_loras` adapters are loaded.
+            CheckpointError: no adapter, or one that does not fit the model or `max_lora_rank`.
+        """
+        return self._adapters.load(name, directory)
+
+    def unload_adapter(self, name: str) -> None:
+        """Make room for another adapter.
+
+        Raises:
+            RequestError: no such adapter, or a request that has not ended uses it.
+        """
+        groups = self._execution.groups.values()
+        self._adapters.unload(name, lambda adapter: any(group.request.adapter == adapter for group in groups))
 
     @property
     def num_free_blocks(self) -> int:
@@ -163,9 +198,13 @@ class Engine:
         self.generate([[0]], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        adapter: str | None = None,
     ) -> list[Completion]:
-        """Complete every prompt; the results are in the order of the prompts, n of each.
+        """Complete every prompt; the results are in the order of the prompts, n of each. `adapter` names one for all.
 
         Raises:
             RequestError: a prompt that does not fit; none of them is started then.
@@ -176,7 +215,7 @@ class Engine:
         if self._execution.groups:
             raise RequestError("generate runs alone; step the added requests to their end first, or abort them")
         pairs = enumerate(zip(prompts, each, strict=True))
-        requests = [self._build_request(str(index), prompt, own, 0) for index, (prompt, own) in pairs]
+        requests = [self._build_request(str(index), prompt, own, 0, adapter) for index, (prompt, own) in pairs]
         parts: dict[tuple[str, int], list[StepOutput]] = {}
         try:
             for request in requests:
@@ -189,15 +228,24 @@ class Engine:
                 self.abort(request.request_id)
         return [_join(parts[request.request_id, index]) for request in requests for index in range(request.params.n)]
 
-    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, priority: int = 0) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
+    ) -> None:
         """Queue a request; a lower priority number is served first (see `EngineOptions.priority_step_s`).
 
         Raises:
-            RequestError: the id is in use, the prompt is empty, has ids outside the vocabulary or does not fit.
+            RequestError: the id is in use, there is no such adapter, the prompt is empty, has ids outside the
+                vocabulary or does not fit.
         """
         if request_id in self._execution.groups:
             raise RequestError(f"request id {request_id!r} is in use")
-        self._execution.add(Group.start(self._build_request(request_id, prompt_ids, params, priority)))
+        self._execution.add(Group.start(self._build_request(request_id, prompt_ids, params, priority, adapter)))
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks at once; false if there is none of that id."""
@@ -220,7 +268,7 @@ class Engine:
         return self._execution.step(self._clock())
 
     def _build_request(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, priority: int
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, priority: int, adapter: str | None
     ) -> Request:
         prompt, max_tokens = self._limits.check(prompt_ids, params)
         stop_ids = frozenset(params.stop_token_ids)
@@ -228,7 +276,8 @@ class Engine:
             stop_ids |= frozenset(self.config.eos_token_ids)
         now_s = self._clock()
         rank = urgency(now_s, priority, self.options.priority_step_s)
-        return Request(request_id, prompt, params, max_tokens, stop_ids, now_s, rank)
+        loaded = None if adapter is None else self._adapters.find(adapter)
+        return Request(request_id, prompt, params, max_tokens, stop_ids, now_s, rank, loaded)
 
 
 def _join(parts: list[StepOutput]) -> Completion:

@@ -60,7 +60,11 @@ class EnginePlan:
             raise ConfigError("a draft model is given but num_speculative_tokens is 0; say how many tokens to guess")
         free = available_memory_bytes()
         options = replace(
-            self.options, num_blocks=self.cache.num_blocks, cache_memory_bytes=None, max_seq_len=self.cache.max_seq_len
+            self.options,
+            num_blocks=self.cache.num_blocks,
+            cache_memory_bytes=None,
+            max_seq_len=self.cache.max_seq_len,
+            max_loras=0,
         )
         left = None if free is None else free - self.cache.total_bytes
         return EnginePlan(config, options, plan_cache(config, options, available_bytes=left))

@@ -25,6 +25,8 @@ class EngineOptions:
         max_queue_delay_s: how long a new request may wait for others to be prefilled with.
         priority_step_s: a request of priority p is served as if it had come p times this much later.
         num_speculative_tokens: tokens guessed ahead of every decoding sequence; 0 for none.
+        max_loras: adapters that can be loaded at once; 0 for none.
+        max_lora_rank: the largest rank of one.
 
     Raises:
         ConfigError: a value outside its range, or two that say the same thing.
@@ -43,9 +45,11 @@ class EngineOptions:
     max_queue_delay_s: float = 0.0
     priority_step_s: float = 10.0
     num_speculative_tokens: int = 0
+    max_loras: int = 0
+    max_lora_rank: int = 16
 
     def __post_init__(self) -> None:
-        may_be_zero = ("num_host_blocks", "max_queue_delay_s", "priority_step_s", "num_speculative_tokens")
+        may_be_zero = ("num_host_blocks", "max_queue_delay_s", "priority_step_s", "num_speculative_tokens", "max_loras")
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
             least = 0 if name in may_be_zero else 1

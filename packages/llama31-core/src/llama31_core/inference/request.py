@@ -7,6 +7,7 @@ from typing import Literal
 
 from llama31_core.inference.sampling import TokenLogprobs
 from llama31_core.inference.sampling_params import SamplingParams
+from llama31_core.lora.table import LoadedAdapter
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 PromptLogprobs = list[TokenLogprobs | None]
@@ -65,6 +66,7 @@ class Request:
         stop_ids: what ends a completion.
         arrival_s: when it came, on the engine's clock.
         urgency: less is served earlier; no two requests have the same.
+        adapter: what computes with the base model; None for that alone.
     """
 
     request_id: str
@@ -74,3 +76,4 @@ class Request:
     stop_ids: frozenset[int]
     arrival_s: float
     urgency: tuple[float, int]
+    adapter: LoadedAdapter | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from llama31_core.inference.batch import ForwardInput
 from llama31_core.inference.sequence import Sequence
+from llama31_core.lora.table import BASE_SLOT
 
 # Padding costs arithmetic, another pass costs reading all weights again. Below so many tokens reading them is what
 # takes the time; above, padding may add this share.
@@ -64,4 +65,5 @@ def build_input(rows: list[Row]) -> ForwardInput:
         [sequence.num_cached for sequence in sequences],
         [list(sequence.block_table) for sequence in sequences],
         [row.num_logits for row in rows],
+        [BASE_SLOT if s.request.adapter is None else s.request.adapter.slot for s in sequences],
     )

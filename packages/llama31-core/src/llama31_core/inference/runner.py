@@ -20,6 +20,9 @@ from llama31_core.config import ModelConfig
 from llama31_core.inference.batch import BlockMove, ForwardInput
 from llama31_core.inference.block_io import BlockIO
 from llama31_core.inference.cache_plan import CachePlan
+from llama31_core.inference.options import EngineOptions
+from llama31_core.lora.layers import LoraLayers, is_adapter_parameter
+from llama31_core.lora.table import BASE_SLOT
 from llama31_core.model import Llama, PagedAttention
 
 _Ints = npt.NDArray[np.int32]
@@ -47,13 +50,22 @@ class GraphRunner:
         num_blocks: blocks of the cache.
         block_size: tokens of a block.
         num_host_blocks: blocks of host memory to swap to.
+        adapters: the layers that the model was built with, if they have slots for adapters.
     """
 
-    def __init__(self, llama: Llama, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+    def __init__(
+        self,
+        llama: Llama,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int = 0,
+        adapters: LoraLayers | None = None,
+    ) -> None:
         ms.set_context(mode=ms.GRAPH_MODE)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_host_blocks = num_host_blocks
+        self.adapters = adapters
         self._net = _WantedLogits(llama)
         self._net.set_train(False)
         any_shape = Tensor(shape=[None, None], dtype=ms.int32)
@@ -62,18 +74,26 @@ class GraphRunner:
         self._block_io = BlockIO(caches, num_blocks, num_host_blocks)
 
     @classmethod
-    def from_pretrained(cls, model_dir: Path, config: ModelConfig, plan: CachePlan) -> GraphRunner:
-        """The model of a model directory, its weights as float32 (what CPU matrix products take)."""
+    def from_pretrained(
+        cls, model_dir: Path, config: ModelConfig, plan: CachePlan, options: EngineOptions | None = None
+    ) -> GraphRunner:
+        """The model of a model directory, its weights as float32 (what CPU matrix products take).
+
+        `options` say whether there are slots for adapters; there are none without.
+        """
         weights = open_weights(model_dir)
         check_weights(weights, config)
+        lora = None
+        if options is not None and options.max_loras:
+            lora = LoraLayers(options.max_loras, options.max_lora_rank, options.max_batch_size)
         with no_init_parameters():
-            llama = Llama(config, lambda: PagedAttention(config, plan.num_blocks, plan.block_size))
+            llama = Llama(config, lambda: PagedAttention(config, plan.num_blocks, plan.block_size), lora)
         for name, parameter in llama.parameters_and_names():
             if name.endswith("_cache"):
                 parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
-            else:
+            elif not is_adapter_parameter(name):
                 parameter.set_data(Tensor.from_numpy(weights.read(name).astype(np.float32)))
-        return cls(llama, plan.num_blocks, plan.block_size, plan.num_host_blocks)
+        return cls(llama, plan.num_blocks, plan.block_size, plan.num_host_blocks, lora)
 
     def move_blocks(self, moves: list[BlockMove]) -> None:
         """See Runner."""
@@ -81,6 +101,8 @@ class GraphRunner:
 
     def forward(self, batch: ForwardInput) -> npt.NDArray[np.float32]:
         """See Runner."""
+        if self.adapters is not None:
+            self.adapters.select(batch.adapter_slots or [BASE_SLOT] * len(batch.starts))
         arrays = (*self._inputs(batch), _wanted(batch))
         logits: npt.NDArray[np.float32] = self._net(*(Tensor(array) for array in arrays)).asnumpy()
         return logits[: sum(batch.num_logits)]

@@ -72,10 +72,15 @@ class Sequence:
         split = len(self.request.prompt_ids)
         return self.request.prompt_ids[start:end] + self.output_ids[max(start - split, 0) : max(end - split, 0)]
 
+    @property
+    def _root_hash(self) -> bytes | None:
+        """What stands before the first block: other adapters make other keys and values of the same tokens."""
+        return None if self.request.adapter is None else self.request.adapter.digest
+
     def hash_blocks(self, num_tokens: int, block_size: int) -> list[bytes]:
         """The hashes of the blocks that the first `num_tokens` tokens fill."""
         for index in range(len(self.block_hashes), num_tokens // block_size):
-            parent = self.block_hashes[-1] if self.block_hashes else None
+            parent = self.block_hashes[-1] if self.block_hashes else self._root_hash
             tokens = self.token_ids(index * block_size, (index + 1) * block_size)
             self.block_hashes.append(hash_block(parent, tokens))
         return self.block_hashes[: num_tokens // block_size]

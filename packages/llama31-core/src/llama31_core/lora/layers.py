@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -31,17 +32,20 @@ class LoraLinear(Linear):
         lora_rows: (rows, S * R), true where a row of the batch has its slot; one for all layers.
     """
 
-    def __init__(self, in_features: int, out_features: int, width: int, lora_rows: Parameter) -> None:
-        super().__init__(in_features, out_features)
-        self.lora_a = Parameter(Tensor(np.zeros((width, in_features), np.float32)), requires_grad=False)
-        self.lora_b = Parameter(Tensor(np.zeros((out_features, width), np.float32)), requires_grad=False)
+    def __init__(
+        self, in_features: int, out_features: int, width: int, lora_rows: Parameter, dtype: ms.Type = ms.float32
+    ) -> None:
+        super().__init__(in_features, out_features, dtype)
+        self.lora_a = Parameter(Tensor(np.zeros((width, in_features), np.float32), dtype), requires_grad=False)
+        self.lora_b = Parameter(Tensor(np.zeros((out_features, width), np.float32), dtype), requires_grad=False)
         self.lora_rows = lora_rows
 
     def construct(self, x: Tensor) -> Tensor:
         """Map x of shape (B, T, I) to (B, T, O)."""
         own_B1W = self.lora_rows[: x.shape[0]][:, None]
         # Chosen, not multiplied by zero: what is not finite in one adapter's product must not reach another's rows.
-        inner_BTW = ops.select(own_B1W, kernels.linear(x, self.lora_a), 0.0)
+        inner_BTW = kernels.linear(x, self.lora_a)
+        inner_BTW = ops.select(own_B1W, inner_BTW, ops.zeros_like(inner_BTW))
         return kernels.linear(x, self.weight) + kernels.linear(inner_BTW, self.lora_b)
 
 
@@ -52,9 +56,11 @@ class LoraLayers(Layers):
         max_loras: slots beside that of the base model.
         max_lora_rank: rank of each.
         max_rows: rows of a batch.
+        param_dtype: see Layers.
     """
 
-    def __init__(self, max_loras: int, max_lora_rank: int, max_rows: int) -> None:
+    def __init__(self, max_loras: int, max_lora_rank: int, max_rows: int, param_dtype: ms.Type = ms.float32) -> None:
+        super().__init__(param_dtype)
         self._rank = max_lora_rank
         self._rows = np.zeros((max_rows, max_loras * max_lora_rank), np.bool_)
         self._chosen: list[int] = []
@@ -66,7 +72,7 @@ class LoraLayers(Layers):
         """A projection with slots, if adapters can change it; layers are built in order."""
         if name not in self._counts:
             return super().linear(name, in_features, out_features)
-        cell = LoraLinear(in_features, out_features, self._rows.shape[1], self._parameter)
+        cell = LoraLinear(in_features, out_features, self._rows.shape[1], self._parameter, self.param_dtype)
         self._linears[f"model.layers.{self._counts[name]}.{name}.weight"] = cell
         self._counts[name] += 1
         return cell
@@ -75,15 +81,15 @@ class LoraLayers(Layers):
         """Make these the changes of a slot; weights that are not named are not changed."""
         first = (slot - 1) * self._rank
         for name, cell in self._linears.items():
-            a, b = cell.lora_a.asnumpy(), cell.lora_b.asnumpy()
+            a, b = (side.astype(ms.float32).asnumpy().copy() for side in (cell.lora_a, cell.lora_b))
             a[first : first + self._rank] = 0
             b[:, first : first + self._rank] = 0
             if name in changes:
                 change = changes[name]
                 a[first : first + change.rank] = change.a
                 b[:, first : first + change.rank] = change.b * np.float32(change.scale)
-            cell.lora_a.set_data(Tensor(a))
-            cell.lora_b.set_data(Tensor(b))
+            cell.lora_a.set_data(Tensor(a, self.param_dtype))
+            cell.lora_b.set_data(Tensor(b, self.param_dtype))
 
     def select(self, slots_B: Sequence[int]) -> None:
         """Say which adapter each row of the next batch has; `BASE_SLOT` for none."""

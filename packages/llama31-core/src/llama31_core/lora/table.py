@@ -54,19 +54,19 @@ class AdapterTable:
 
     Args:
         config: the model.
-        store: where the matrices go.
+        store: where the matrices go; None if there is no place for any.
         max_loras: slots.
         max_lora_rank: the largest rank that a slot has room for.
     """
 
-    def __init__(self, config: ModelConfig, store: AdapterStore, max_loras: int, max_lora_rank: int) -> None:
+    def __init__(self, config: ModelConfig, store: AdapterStore | None, max_loras: int, max_lora_rank: int) -> None:
         self._config = config
         self._store = store
         self._max_rank = max_lora_rank
-        self._free = list(range(max_loras, BASE_SLOT, -1))
+        self.max_loras = max_loras if store is not None else 0
+        self._free = list(range(self.max_loras, BASE_SLOT, -1))
         self._loaded: dict[str, LoadedAdapter] = {}
         self._shapes = adaptable_shapes(config)
-        self.max_loras = max_loras
 
     @property
     def loaded(self) -> tuple[LoadedAdapter, ...]:
@@ -84,7 +84,7 @@ class AdapterTable:
             raise ConfigError("an adapter's name is empty; give one")
         if name in self._loaded:
             raise ConfigError(f"an adapter {name!r} is loaded, from {self._loaded[name].source}; unload it first")
-        if not self._free:
+        if self._store is None or not self._free:
             loaded = ", ".join(self._loaded) or "none"
             raise ConfigError(f"all {self.max_loras} slots are taken ({loaded}); unload one, or raise max_loras")
         adapter = read_adapter(directory)
@@ -103,6 +103,7 @@ class AdapterTable:
         adapter = self.find(name)
         if is_used(adapter):
             raise RequestError(f"adapter {name!r} is used by a running request; wait for it, or abort it")
+        assert self._store is not None  # where there is none, none is loaded
         self._store.write(adapter.slot, {})
         del self._loaded[name]
         self._free.append(adapter.slot)
@@ -118,6 +119,12 @@ class AdapterTable:
             loaded = ", ".join(map(repr, self._loaded)) or "none"
             raise RequestError(f"adapter {name!r} is not loaded; loaded are {loaded}")
         return adapter
+
+
+def adapter_slots_bytes(config: ModelConfig, max_loras: int, max_lora_rank: int, bytes_per_number: int = 4) -> int:
+    """Memory of the slots' matrices."""
+    width = max_loras * max_lora_rank * bytes_per_number
+    return sum(width * (rows + columns) for rows, columns in adaptable_shapes(config).values()) if width else 0
 
 
 def adaptable_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
