@@ -1,0 +1,114 @@
+"""From flags to an engine, in two steps: what can be refused is refused before MindSpore and the weights are loaded."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from llama31_core.commands.interrupts import importing_mindspore
+from llama31_core.config import ModelConfig
+from llama31_core.errors import ConfigError, RequestError
+from llama31_core.inference.engine import Engine
+from llama31_core.inference.engine_plan import EnginePlan
+from llama31_core.inference.options import EngineOptions
+from llama31_core.lora.adapter import Adapter, read_adapter
+from llama31_core.lora.table import adaptable_shapes, check_fits
+from llama31_tokenizer import Tokenizer
+
+_FLAGS = {
+    "max_seq_len": "tokens of prompt and answer (what context and cache hold)",
+    "block_size": "tokens that one block of the cache holds (16)",
+    "num_blocks": "blocks of the cache",
+    "cache_memory_bytes": "size of the cache, instead of --num_blocks (a gibibyte)",
+    "num_host_blocks": "blocks of host memory for requests that had to make room (0)",
+    "max_batch_size": "requests that run at once (16)",
+    "max_prefill_tokens": "prompt tokens computed in one step (512)",
+    "num_speculative_tokens": "tokens guessed ahead (0)",
+}
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """A checked engine that is not built yet.
+
+    Attributes:
+        plan: sizes and limits.
+        weights: model directory or weight file.
+        tokenizer: the model's.
+        adapters: name -> directory of those to load.
+        draft_model_dir: guesses tokens.
+    """
+
+    plan: EnginePlan
+    weights: Path
+    tokenizer: Tokenizer
+    adapters: dict[str, Path]
+    draft_model_dir: Path | None = None
+
+    def check_adapter(self, name: str | None) -> None:
+        """See that an adapter that a request names is one of those to load.
+
+        Raises:
+            RequestError: it is not.
+        """
+        if name is not None and name not in self.adapters:
+            known = ", ".join(map(repr, self.adapters)) or "none"
+            raise RequestError(f"adapter {name!r} is not loaded; loaded are {known}; give --lora {name}=DIR")
+
+    def build(self) -> Engine:
+        """Import MindSpore, read the weights and load the adapters."""
+        with importing_mindspore():
+            import mindspore  # noqa: F401  here, so that an interruption cannot leave it half imported
+        engine = Engine.from_plan(self.plan, self.weights, draft_model_dir=self.draft_model_dir)
+        for name, directory in self.adapters.items():
+            engine.load_adapter(name, directory)
+        return engine
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Give a command the flags of the engine."""
+    group = parser.add_argument_group("engine")
+    for name, text in _FLAGS.items():
+        group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    group.add_argument("--draft_model", type=Path, metavar="DIR", help="a smaller model that guesses the tokens")
+    text = "a PEFT adapter to load; repeatable"
+    group.add_argument("--lora", action="append", default=[], type=_as_lora, metavar="NAME=DIR", help=text)
+    group.add_argument("--adapter", metavar="NAME", help="which of them to use where nothing else is said")
+
+
+def plan_engine(
+    arguments: argparse.Namespace, weights: Path, config: ModelConfig, tokenizer: Tokenizer, **more: int
+) -> EngineSetup:
+    """Check what a command line asks for; `more` are options for those that are not given.
+
+    Raises:
+        Llama31Error: sizes that do not fit each other or the memory, a draft model or an adapter that does not fit.
+    """
+    given = {name: getattr(arguments, name) for name in _FLAGS if getattr(arguments, name) is not None}
+    adapters = dict(arguments.lora)
+    if len(adapters) < len(arguments.lora):
+        raise ConfigError("--lora gives one name to two adapters; give each its own")
+    loaded = [read_adapter(path) for path in adapters.values()]
+    slots = {"max_loras": len(loaded), "max_lora_rank": max(adapter.rank for adapter in loaded)} if loaded else {}
+    defaults = {field.name: field.default for field in fields(EngineOptions)}
+    options = EngineOptions(**{**defaults, **more, **slots, **given})
+    plan = EnginePlan.make(config, options)
+    _check_adapters(loaded, config, options)
+    if arguments.draft_model is not None:
+        plan.for_draft(ModelConfig.from_pretrained(arguments.draft_model))
+    setup = EngineSetup(plan, weights, tokenizer, adapters, arguments.draft_model)
+    setup.check_adapter(arguments.adapter)
+    return setup
+
+
+def _check_adapters(adapters: list[Adapter], config: ModelConfig, options: EngineOptions) -> None:
+    for adapter in adapters:
+        check_fits(adapter, adaptable_shapes(config), options.max_lora_rank)
+
+
+def _as_lora(text: str) -> tuple[str, Path]:
+    name, equals, directory = text.partition("=")
+    if not (name and equals and directory):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=DIR")
+    return name, Path(directory)
