@@ -1,11 +1,17 @@
 """Speed and memory of llama31-tokenizer beside raw tiktoken and Hugging Face's tokenizers, same vocabulary, same texts.
 
-`python tools/bench/tokenizer.py` prints the tables. All three run in turn within each round, so that a busy machine
-disturbs them alike; the figures are medians over the rounds, and the ratios medians of each round's ratios. Time that a
-thread was ready and waited for a core that others had is taken off (Linux counts it in /proc), so that a shared machine
-tells the same as a free one; of `tokenizers`' own threads it cannot be, so batches are compared with tiktoken alone.
-The ids of the three are compared first. Loading and memory are taken in processes of their own. Raw tiktoken is its
-Encoding built by tiktoken's own loader with the pattern Meta publishes, called through `encode_ordinary`.
+`python tools/bench/tokenizer.py` prints the tables. All run in turn within each round, so that a busy machine disturbs
+them alike; the figures are medians over the rounds, and the ratios medians of each round's ratios. Time that a thread
+was ready and waited for a core that others had is taken off (Linux counts it in /proc), so that a shared machine tells
+the same as a free one. The ids of all are compared first.
+
+One thread means one: TOKENIZERS_PARALLELISM=false and RAYON_NUM_THREADS=1 for every library. tokenizers is called in
+both its ways: `encode(text).ids`, and `encode_batch_fast([text])`, which leaves out the offsets nobody asked for;
+ratios are to the first unless the column says fast. Raw tiktoken is its Encoding built by tiktoken's own loader with
+the pattern Meta publishes, called through `encode_ordinary`. The engine fastokens remembers pieces it has seen, so each of
+its rounds is a process of its own that sees every text once; the time to load stands beside. The merging limit is what
+tiktoken's merging alone allows: the same texts in a vocabulary that has every one of their pieces as a token, so that
+no piece is merged, give the seconds for cutting and looking up, and the rest is merging.
 """
 
 from __future__ import annotations
@@ -27,13 +33,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.tokenizer_corpora import load_corpora, size_mb
+from bench.tokenizer_engines import bench_fast_engine, measure_limit
+from bench.tokenizer_timing import Work, print_table, queued_seconds, ratio, time_work
 
 from llama31_tokenizer import Tokenizer
 from llama31_tokenizer.patterns import LLAMA3
 from model_assets import fetch
 
 LIBRARIES = ("llama31", "tiktoken", "tokenizers")
-Work = Callable[[], object]
 
 
 def build_tiktoken(path: Path) -> Any:
@@ -46,19 +53,6 @@ def build_tiktoken(path: Path) -> Any:
     return tiktoken.Encoding(
         "llama3", pat_str=LLAMA3.split, mergeable_ranks=load_tiktoken_bpe(str(path)), special_tokens={}
     )
-
-
-def queued_seconds() -> float:
-    """How long the calling thread has been ready to run without a core."""
-    statistics_file = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
-    return int(statistics_file.read_text().split()[1]) / 1e9 if statistics_file.exists() else 0.0
-
-
-def time_work(work: Work) -> float:
-    """Seconds of one call, without waits for a core."""
-    queued, start = queued_seconds(), time.perf_counter()
-    work()
-    return time.perf_counter() - start - (queued_seconds() - queued)
 
 
 def time_threads(encode: Callable[[str], object], documents: list[str], num_threads: int) -> float:
@@ -86,22 +80,11 @@ def run_rounds(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def ratio(reference: list[float], ours: list[float]) -> str:
-    """How many times faster ours is: the median over rounds."""
-    return f"{statistics.median(a / b for a, b in zip(reference, ours, strict=True)):.2f}x"
-
-
-def print_table(title: str, header: Sequence[str], rows: list[Sequence[str]]) -> None:
-    """A Markdown table."""
-    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-    sys.stdout.flush()
-
-
-def bench_encoding(ours: Tokenizer, raw: Any, hf: Any, corpora: dict[str, list[str]], rounds: int) -> None:
-    """Tables of encoding, decoding and counting."""
+def bench_encoding(ours: Tokenizer, raw: Any, hf: Any, corpora: dict[str, list[str]], rounds: int) -> dict[str, float]:
+    """Tables of encoding, decoding and counting; returns the seconds of tokenizers for each corpus."""
     single: list[Sequence[str]] = []
+    limits: list[Sequence[str]] = []
+    hf_seconds: dict[str, float] = {}
     threads: list[Sequence[str]] = []
     decoding: list[Sequence[str]] = []
     for name, documents in corpora.items():
@@ -122,12 +105,18 @@ def bench_encoding(ours: Tokenizer, raw: Any, hf: Any, corpora: dict[str, list[s
                 "llama31": lambda d=documents: [ours.encode(text) for text in d],  # type: ignore[misc]
                 "tiktoken": lambda d=documents: [raw.encode_ordinary(text) for text in d],  # type: ignore[misc]
                 "tokenizers": hf_encode,
+                "tokenizers fast": lambda d=documents: [  # type: ignore[misc]
+                    hf.encode_batch_fast([text], add_special_tokens=False)[0].ids for text in d
+                ],
                 "count": lambda d=documents: [ours.count(text) for text in d],  # type: ignore[misc]
             },
             rounds,
         )
         gains = [ratio(t["tiktoken"], t["llama31"]), *(ratio(t["tokenizers"], t[key]) for key in ("llama31", "count"))]
-        single.append((name, f"{mb:.1f}", *(rate(t[key]) for key in (*LIBRARIES, "count")), *gains))
+        gains.append(ratio(t["tokenizers fast"], t["llama31"]))
+        single.append((name, f"{mb:.1f}", *(rate(t[key]) for key in (*LIBRARIES, "tokenizers fast", "count")), *gains))
+        hf_seconds[name] = statistics.median(t["tokenizers"])
+        limits.append(measure_limit(name, raw, documents, statistics.median(t["tiktoken"]), hf_seconds[name]))
         t = {"one": [], "two": [], "tiktoken": []}
         for _ in range(rounds):
             t["one"].append(time_threads(ours.encode, documents, 1))
@@ -146,10 +135,17 @@ def bench_encoding(ours: Tokenizer, raw: Any, hf: Any, corpora: dict[str, list[s
         gains = [ratio(t["tiktoken"], t["llama31"]), ratio(t["tokenizers"], t["llama31"])]
         decoding.append((name, *(rate(t[key]) for key in LIBRARIES), *gains))
     against = ("to tiktoken", "to tokenizers")
-    print_table("One thread, MB/s", ("corpus", "MB", *LIBRARIES, "count()", *against, "count() to tokenizers"), single)
+    header = ("corpus", "MB", *LIBRARIES, "tokenizers fast", "count()", *against, "count() to tokenizers", "to fast")
+    print_table("One thread, MB/s", header, single)
+    print_table(
+        "Where tiktoken's time goes, seconds",
+        ("corpus", "cutting and looking up", "merging", "tokenizers", "most any tiktoken could gain on tokenizers"),
+        limits,
+    )
     columns = ("corpus", "one thread", "two threads", "tiktoken, two threads")
     print_table("Threads, MB/s", (*columns, "two to one", "two to tiktoken"), threads)
     print_table("Decoding, MB/s", ("corpus", *LIBRARIES, *against), decoding)
+    return hf_seconds
 
 
 def bench_long_runs(ours: Tokenizer) -> None:
@@ -242,7 +238,8 @@ def main() -> int:
         corpora = load_corpora()
         corpora["all"] = [document for documents in corpora.values() for document in documents]
         hf = tokenizers.Tokenizer.from_file(str(saved))
-        bench_encoding(ours, build_tiktoken(path), hf, corpora, arguments.rounds)
+        hf_seconds = bench_encoding(ours, build_tiktoken(path), hf, corpora, arguments.rounds)
+        bench_fast_engine(ours, corpora, hf_seconds, arguments.rounds)
         bench_processes({"llama31": path, "tiktoken": path, "tokenizers": saved}, arguments.rounds)
     bench_long_runs(ours)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,20 @@ def test_module_and_closed_pipe(llama3_file: Path) -> None:
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == '{"source": "-:1", "ids": [64]}\n'
+
+
+def test_version_and_engine(llama3_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert re.fullmatch(r"llama31-tokenizer \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    lines = []
+    for engine in ("tiktoken", "fastokens"):
+        assert main(["encode", "--model", str(llama3_file), "--engine", engine, "--text", "Hello world"]) == 0
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1] == '{"source": "--text", "ids": [9906, 1917]}\n'
+
+
+def test_a_missing_model_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["count", "--model", "nope", "--text", "x"]) == 1
+    assert capsys.readouterr().err.count("nope") == 1

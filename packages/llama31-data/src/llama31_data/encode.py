@@ -183,7 +183,7 @@ def load_tokenizer(model_file: str) -> Tokenizer:
     try:
         return Tokenizer.from_pretrained(path) if path.is_dir() else Tokenizer.from_file(path)
     except (TokenizerError, OSError) as error:
-        raise DataError(f"--model_file {model_file}: {error}") from error
+        raise DataError(f"--model_file: {error}") from error
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import tiktoken
 
 from llama31_tokenizer.errors import TokenizerError
+from llama31_tokenizer.fast_engine import Engine, FastEngine
 from llama31_tokenizer.long_pieces import STEP_CHARS, WINDOW_BYTES, encode_long_piece
 from llama31_tokenizer.meta_splits import MAX_RUN, split_as_meta
 from llama31_tokenizer.vocabulary import Vocabulary
@@ -26,9 +27,10 @@ class BpeCodec:
 
     Args:
         vocabulary: with ranks and a pattern.
+        engine: what encodes ordinary text; the ids are the same.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, engine: Engine = "tiktoken") -> None:
         assert vocabulary.pattern is not None
         # tiktoken panics on a byte without a rank: give those ranks behind the vocabulary and take them out again.
         self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in vocabulary.ranks)
@@ -46,6 +48,8 @@ class BpeCodec:
             mergeable_ranks=ranks,
             special_tokens={**vocabulary.literal_tokens, **vocabulary.special_tokens},
         )
+        self._fast = FastEngine(vocabulary) if engine == "fastokens" else None
+        self._encode_short = self._fast.encode if self._fast else self._encoding.encode_ordinary
         self._separator = next(  # a name that cannot begin in the end of a text: one "<", where it begins
             (item for item in vocabulary.special_tokens.items() if item[0].rfind("<") == 0 and len(item[0]) > 1), None
         )
@@ -79,6 +83,8 @@ class BpeCodec:
         import numpy as np
 
         if self._is_plain and len(text) < 2 * STEP_CHARS:
+            if self._fast:
+                return self._fast.encode_to_numpy(text)
             try:
                 return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
             except UnicodeEncodeError:
@@ -86,13 +92,17 @@ class BpeCodec:
         return np.array(self.encode(text), np.int32)
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]] | None:
-        """Ids of many texts end to end, and how many each has, from one call of tiktoken; None where that cannot be.
+        """Ids of many texts end to end, and how many each has, from one call of the engine; None where that cannot be.
 
         The texts are joined by a control token, which parts them for tiktoken as separate calls would.
         """
         import numpy as np
 
-        if not (self._is_plain and self._separator) or max(map(len, texts), default=0) >= 2 * STEP_CHARS:
+        if not self._is_plain or max(map(len, texts), default=0) >= 2 * STEP_CHARS:
+            return None
+        if self._fast:
+            return self._fast.encode_many(texts)
+        if not self._separator:
             return None
         name, separator_id = self._separator
         try:
@@ -107,11 +117,11 @@ class BpeCodec:
 
     def _encode_ordinary(self, text: str) -> list[int]:
         if len(text) < 2 * STEP_CHARS:
-            return self._encoding.encode_ordinary(text)
+            return self._encode_short(text)
         from llama31_tokenizer.long_runs import encode_around_runs  # needs regex, which takes time to import
 
         text = replace_surrogates(text)
-        return encode_around_runs(text, self._pattern, self._encoding.encode_ordinary, self._encode_piece)
+        return encode_around_runs(text, self._pattern, self._encode_short, self._encode_piece)
 
     def _encode_piece(self, piece: str) -> list[int]:
         return self._encode_piece_bytes(piece.encode())

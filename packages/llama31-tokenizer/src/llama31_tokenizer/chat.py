@@ -48,7 +48,7 @@ class ChatFormat:
         else:
             raise TokenizerError(
                 f"{tokenizer.vocabulary.source}: no Llama 3 control tokens and no chat template, so no chat format; "
-                "put the model's tokenizer_config.json or chat_template.jinja beside it and use from_pretrained"
+                "put the model's tokenizer_config.json or chat_template.jinja beside it and give the directory"
             )
 
     def encode_dialog(

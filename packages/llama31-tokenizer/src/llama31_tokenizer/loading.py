@@ -69,7 +69,7 @@ def load_directory(directory: Path) -> Vocabulary:
         TokenizerError: not a directory, or nothing usable in it, with the reason for each file tried.
     """
     if not directory.is_dir():
-        raise TokenizerError(f"{directory}: not a directory; give the model's directory, or use from_file for a file")
+        raise TokenizerError(f"{directory}: not a directory; give a model's directory, or the tokenizer file itself")
     config = _read_optional_json(directory / "tokenizer_config.json")
     refused: list[str] = []
     for path in _candidates(directory):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def build_hf_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """The tokenizer.json of a byte-level BPE vocabulary."""
     assert vocabulary.pattern is not None
     vocab = {bytes_to_spelling(token): number for token, number in sorted(vocabulary.ranks.items(), key=lambda i: i[1])}
+    merges = _find_merges(vocab)
     added = {**vocabulary.special_tokens, **vocabulary.literal_tokens}
     behind = sorted(number for number in added.values() if number > max(vocab.values()))
     if len(behind) < len(added) or behind != list(range(len(vocab), len(vocab) + len(behind))):
@@ -92,7 +94,7 @@ def build_hf_json(vocabulary: Vocabulary) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": True,
             "vocab": vocab,
-            "merges": [list(map(bytes_to_spelling, pair)) for pair in _find_merges(vocabulary)],
+            "merges": merges,
         },
     }
 
@@ -117,15 +119,21 @@ def build_config(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _find_merges(vocabulary: Vocabulary) -> list[tuple[bytes, bytes]]:
-    """Every way to put a token together from two earlier ones, in rank order: what tiktoken's algorithm joins."""
-    ranks = vocabulary.ranks
-    merges: list[tuple[bytes, bytes]] = []
-    for token in sorted(ranks, key=lambda token: ranks[token]):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        rank = ranks[token]
-        known = [pair for pair in pairs if ranks.get(pair[0], rank) < rank and ranks.get(pair[1], rank) < rank]
-        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+def _find_merges(vocab: Mapping[str, int]) -> list[list[str]]:
+    """Every way to put a token together from two earlier ones, in rank order: what tiktoken's algorithm joins.
+
+    Args:
+        vocab: spellings in rank order, one character a byte.
+    """
+    merges: list[list[str]] = []
+    rank_of = vocab.get
+    for token, rank in vocab.items():
+        known = []
+        for cut in range(1, len(token)):
+            left = rank_of(token[:cut], rank)
+            if left < rank and (right := rank_of(token[cut:], rank)) < rank:
+                known.append((left, right, cut))
+        merges += [[token[:cut], token[cut:]] for _, _, cut in sorted(known)]
     return merges
 
 

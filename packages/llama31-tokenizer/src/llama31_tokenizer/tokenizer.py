@@ -12,6 +12,7 @@ from llama31_tokenizer import llama3
 from llama31_tokenizer.bpe import BpeCodec
 from llama31_tokenizer.compat import Compat, make_compatible
 from llama31_tokenizer.errors import TokenizerError
+from llama31_tokenizer.fast_engine import Engine, check_engine
 from llama31_tokenizer.loading import load_directory, load_vocabulary
 from llama31_tokenizer.special_text import SpecialSet, encode_with_special
 from llama31_tokenizer.vocabulary import Vocabulary
@@ -36,6 +37,7 @@ class Tokenizer:
 
     Attributes:
         vocabulary: what was read from the file.
+        engine: what encodes ordinary text.
         vocab_size: one more than the largest id.
         bos_id, eos_id, pad_id, eot_id, eom_id: ids, or None where the vocabulary has none.
         stop_ids: ids that end a generation.
@@ -43,11 +45,12 @@ class Tokenizer:
         sha256: of the vocabulary file (of a GGUF file: of its key-value header).
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary, engine: Engine = "tiktoken") -> None:
+        check_engine(engine, vocabulary)
+        self.vocabulary, self.engine = vocabulary, engine
         self._codec: BpeCodec | SentencePieceCodec
         if vocabulary.sentencepiece_model is None:
-            self._codec = BpeCodec(vocabulary)
+            self._codec = BpeCodec(vocabulary, engine)
         else:
             from llama31_tokenizer.sentencepiece_model import SentencePieceCodec
 
@@ -64,31 +67,36 @@ class Tokenizer:
         self._special_ids = frozenset(self.special_tokens.values())
 
     @classmethod
-    def from_file(cls, path: str | PathLike[str], *, compat: Compat | None = None) -> Tokenizer:
+    def from_file(
+        cls, path: str | PathLike[str], *, compat: Compat | None = None, engine: Engine = "tiktoken"
+    ) -> Tokenizer:
         """From one file: tiktoken ranks, a tokenizer.json, a GGUF or SentencePiece model, told apart by content.
 
         Args:
             path: the file.
             compat: "mindformers" normalises to NFC, pads with 128002 and adds no bos when called, as its Llama 3
                 tokenizer does; "meta" cuts texts of more than 25,000 characters where Meta's does. None does neither.
+            engine: "fastokens" (extra `fast`) gives the same ids faster and takes seconds to load, for bulk work.
 
         Raises:
             TokenizerError: none of these, or damaged; the message says where.
         """
-        return cls(make_compatible(load_vocabulary(Path(path)), compat))
+        return cls(make_compatible(load_vocabulary(Path(path)), compat), engine)
 
     @classmethod
-    def from_pretrained(cls, directory: str | PathLike[str], *, compat: Compat | None = None) -> Tokenizer:
+    def from_pretrained(
+        cls, directory: str | PathLike[str], *, compat: Compat | None = None, engine: Engine = "tiktoken"
+    ) -> Tokenizer:
         """From a model directory, whose tokenizer_config.json, chat template and generation_config.json count too.
 
         Args:
             directory: of the model.
-            compat: as in `from_file`.
+            compat, engine: as in `from_file`.
 
         Raises:
             TokenizerError: no such directory, or no file in it that holds a vocabulary.
         """
-        return cls(make_compatible(load_directory(Path(directory)), compat))
+        return cls(make_compatible(load_directory(Path(directory)), compat), engine)
 
     def save_pretrained(self, directory: str | PathLike[str]) -> list[Path]:
         """Write the files that `from_pretrained` and `transformers.AutoTokenizer` load, with the same ids.
@@ -100,8 +108,8 @@ class Tokenizer:
 
         return save_vocabulary(self.vocabulary, Path(directory))
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Vocabulary]]:
-        return type(self), (self.vocabulary,)  # so that processes of a data job can be handed one
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Vocabulary, Engine]]:
+        return type(self), (self.vocabulary, self.engine)  # so that processes of a data job can be handed one
 
     def __repr__(self) -> str:
         return (
