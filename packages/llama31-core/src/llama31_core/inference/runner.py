@@ -7,6 +7,7 @@ V = vocab_size.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import mindspore as ms
@@ -20,18 +21,22 @@ from llama31_core.config import ModelConfig
 from llama31_core.inference.batch import BlockMove, ForwardInput
 from llama31_core.inference.block_io import BlockIO
 from llama31_core.inference.cache_plan import CachePlan
+from llama31_core.inference.native_llama import NativeLlama
 from llama31_core.inference.options import EngineOptions
+from llama31_core.kernels.native import NativeKernelsError, load_library
 from llama31_core.lora.layers import LoraLayers, is_adapter_parameter
 from llama31_core.lora.table import BASE_SLOT
 from llama31_core.model import Llama, PagedAttention
+from llama31_core.model.layers import Layers
 
+_LOG = logging.getLogger(__name__)
 _Ints = npt.NDArray[np.int32]
 
 
 class _WantedLogits(nn.Cell):  # type: ignore[misc]
     """The model with the head applied to some of the tokens alone."""
 
-    def __init__(self, llama: Llama) -> None:
+    def __init__(self, llama: Llama | NativeLlama) -> None:
         super().__init__(auto_prefix=False)
         self.llama = llama
 
@@ -51,6 +56,7 @@ class GraphRunner:
         block_size: tokens of a block.
         num_host_blocks: blocks of host memory to swap to.
         adapters: the layers that the model was built with, if they have slots for adapters.
+        native: run it by the native CPU kernels.
     """
 
     def __init__(
@@ -60,13 +66,14 @@ class GraphRunner:
         block_size: int,
         num_host_blocks: int = 0,
         adapters: LoraLayers | None = None,
+        native: bool = False,
     ) -> None:
         ms.set_context(mode=ms.GRAPH_MODE)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_host_blocks = num_host_blocks
         self.adapters = adapters
-        self._net = _WantedLogits(llama)
+        self._net = _WantedLogits(NativeLlama(llama) if native else llama)
         self._net.set_train(False)
         any_shape = Tensor(shape=[None, None], dtype=ms.int32)
         self._net.set_inputs(any_shape, any_shape, any_shape, any_shape, Tensor(shape=[None], dtype=ms.int32))
@@ -77,23 +84,28 @@ class GraphRunner:
     def from_pretrained(
         cls, model_dir: Path, config: ModelConfig, plan: CachePlan, options: EngineOptions | None = None
     ) -> GraphRunner:
-        """The model of a model directory, its weights as float32 (what CPU matrix products take).
+        """The model of a model directory.
 
-        `options` say whether there are slots for adapters; there are none without.
+        The native kernels run it where they can, with bfloat16 weights as they are; the portable ones, which serve any
+        CPU and adapters, take the weights as float32. `options` say whether there are slots for adapters.
         """
         weights = open_weights(model_dir)
         check_weights(weights, config)
         lora = None
         if options is not None and options.max_loras:
             lora = LoraLayers(options.max_loras, options.max_lora_rank, options.max_batch_size)
+        native = lora is None and _native_kernels_here()
+        matrices = {weights.dtype(name) for name in weights.names() if "norm" not in name}
+        layers = lora or Layers(ms.bfloat16 if native and matrices == {"bfloat16"} else ms.float32)
         with no_init_parameters():
-            llama = Llama(config, lambda: PagedAttention(config, plan.num_blocks, plan.block_size), lora)
+            llama = Llama(config, lambda: PagedAttention(config, plan.num_blocks, plan.block_size), layers)
         for name, parameter in llama.parameters_and_names():
             if name.endswith("_cache"):
                 parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
             elif not is_adapter_parameter(name):
-                parameter.set_data(Tensor.from_numpy(weights.read(name).astype(np.float32)))
-        return cls(llama, plan.num_blocks, plan.block_size, plan.num_host_blocks, lora)
+                values = Tensor.from_numpy(weights.read(name).astype(np.float32))
+                parameter.set_data(values.astype(parameter.dtype))
+        return cls(llama, plan.num_blocks, plan.block_size, plan.num_host_blocks, lora, native)
 
     def move_blocks(self, moves: list[BlockMove]) -> None:
         """See Runner."""
@@ -121,6 +133,17 @@ class GraphRunner:
         slots_BT = np.take_along_axis(tables_BM, positions_BT // self.block_size, axis=1) * self.block_size
         slots_BT += positions_BT % self.block_size
         return tokens_BT, positions_BT, slots_BT, tables_BM
+
+
+def _native_kernels_here() -> bool:
+    if ms.get_context("device_target") != "CPU":
+        return False
+    try:
+        load_library()
+    except NativeKernelsError as error:
+        _LOG.warning("%s; the portable kernels serve instead, at a fraction of the speed", error)
+        return False
+    return True
 
 
 def _rectangle(rows: list[list[int]]) -> _Ints:
