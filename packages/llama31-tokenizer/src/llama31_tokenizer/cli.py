@@ -11,12 +11,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
-from llama31_tokenizer import llama3
+from llama31_tokenizer import __version__, llama3
 from llama31_tokenizer.errors import TokenizerError
 from llama31_tokenizer.fast_engine import Engine
 from llama31_tokenizer.tokenizer import Tokenizer
@@ -28,7 +27,7 @@ MODEL_VARIABLE = "LLAMA31_TOKENIZER"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="llama31-tokenizer", description="Tokenise with a Llama vocabulary.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('llama31-tokenizer')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
