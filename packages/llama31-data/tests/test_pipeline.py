@@ -156,7 +156,7 @@ def test_split_long_keeps_every_token_that_is_trained_on(lab: Any, llama3: Token
         ({"schema": "sharegpt"}, r"instructions\.json:2: looks like schema 'alpaca', expected 'sharegpt'"),
         ({"dataset_type": "wiki"}, r"looks like schema 'alpaca', expected 'text'; use --dataset_type qa"),
         ({"template": "vicuna_v1.2"}, r"--template vicuna_v1\.2: unknown; nearest are vicuna_v1\.1"),
-        ({"model_file": "/nowhere/tokenizer.model"}, r"--model_file /nowhere/tokenizer\.model: "),
+        ({"model_file": "/nowhere/tokenizer.model"}, r"--model_file: /nowhere/tokenizer\.model: cannot be read"),
         ({"input_glob": ("/nowhere/*.json",)}, r"--input_glob /nowhere/\*\.json: no such file"),
         ({"shards": 2}, r"--shards is 2, but the input has 1 chunks"),
         ({"pad_id": 200000}, r"--pad_id is 200000, allowed are 0 to 128255"),
