@@ -122,6 +122,26 @@ async def test_engine_failure_ends_the_request_and_not_the_server(serve: Serve) 
         assert await running.client.is_serving()
 
 
+async def test_a_request_that_fails_in_the_engine_takes_no_other_with_it(serve: Serve) -> None:
+    class OneFails(EchoEngine):
+        """Ends a request whose prompt begins with F by an error of its own, as llama31_core's engine does."""
+
+        def _next(self, request_id: str, request: Any) -> EchoOutput:
+            output = super()._next(request_id, request)
+            if request.prompt_ids[0] != ord("F"):
+                return output
+            return EchoOutput(request_id, [], "error", "logits are not numbers")
+
+    async with serve(OneFails(vocab_size=259, step_s=0.001)) as running:
+        other = asyncio.create_task(running.client.generate("ab", max_tokens=100))
+        await running.until(lambda: running.engine.num_requests == 1)
+        with pytest.raises(RpcError, match="INTERNAL: the engine failed on this request") as caught:
+            await running.client.generate("F", max_tokens=4)
+        assert "logits" not in str(caught.value)  # the reason is for the operator's log
+        assert len((await other).text) == 100
+        await running.until(lambda: running.engine.num_requests == 0)
+
+
 async def test_engine_that_fails_in_every_step_is_given_up(serve: Serve) -> None:
     async with serve(FailingEngine(vocab_size=259)) as running:
         broken = asyncio.create_task(running.server.wait_broken())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llama31_core import Engine, SamplingParams, StepOutput
 from llama31_core.errors import RequestError
+from llama31_core.inference.options import EngineOptions as CoreOptions
 from llama31_serve.server.engine import RequestRejectedError, Sampling
 from llama31_serve.server.options import EngineOptions
 
@@ -52,6 +53,5 @@ def load_engine(model_dir: Path, options: EngineOptions) -> CoreEngine:
         "num_blocks": options.num_blocks,
         "block_size": options.block_size,
     }
-    return CoreEngine(
-        Engine.from_pretrained(model_dir, **{name: value for name, value in chosen.items() if value is not None})
-    )
+    sizes = CoreOptions(**{name: value for name, value in chosen.items() if value is not None})
+    return CoreEngine(Engine.from_pretrained(model_dir, sizes))

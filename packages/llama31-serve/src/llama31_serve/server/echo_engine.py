@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama31_serve.server.engine import EngineFinish, RequestRejectedError, Sampling
+from llama31_serve.server.engine import RequestRejectedError, Sampling, StepFinish
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class EchoOutput:
 
     request_id: str
     token_ids: list[int]
-    finish_reason: EngineFinish | None
+    finish_reason: StepFinish | None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -101,5 +102,5 @@ class EchoEngine:
         if token_id in request.stop_ids:
             return EchoOutput(request_id, [], "stop")
         request.num_made += 1
-        finish: EngineFinish | None = "length" if request.num_made >= request.sampling.max_tokens else None
+        finish: StepFinish | None = "length" if request.num_made >= request.sampling.max_tokens else None
         return EchoOutput(request_id, [token_id], finish)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 EngineFinish = Literal["stop", "length", "abort"]
+# "error" is a request that failed on its own; StepOutput.error says why.
+StepFinish = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,9 @@ class StepOutput(Protocol):
     @property
     def token_ids(self) -> Sequence[int]: ...
     @property
-    def finish_reason(self) -> EngineFinish | None: ...
+    def finish_reason(self) -> StepFinish | None: ...
+    @property
+    def error(self) -> str | None: ...
 
 
 class RequestRejectedError(Exception):

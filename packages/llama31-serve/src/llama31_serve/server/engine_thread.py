@@ -158,7 +158,12 @@ class EngineThread:
                 job = self._jobs.get(output.request_id)
             else:
                 job = self._jobs.pop(output.request_id, None)
-            if job is not None:
+            if job is None:
+                continue
+            if output.finish_reason == "error":
+                logger.error("request %s failed in the engine: %s", output.request_id, output.error)
+                made.append(JobOutput(job, failure=EngineFailedError("the engine failed on this request")))
+            else:
                 made.append(JobOutput(job, output.token_ids, output.finish_reason))
         if made:
             self._emit(made, now_s)
