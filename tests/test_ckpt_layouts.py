@@ -100,6 +100,21 @@ def test_mindspore_s_tool_with_our_strategies_makes_our_ranks(
         assert_same_ranks(tmp_path / name, layouts / (dst or "full"))
 
 
+def test_mindspore_s_tool_with_our_json_strategies(layouts: Path, tmp_path: Path) -> None:
+    source, target = "dp2_tp2_pp2_zero1", "tp4"
+    for mesh in (source, target):
+        command = ["strategy", "--config", f"{layouts}/full/rank_0", "--format", "json"]
+        assert main([*command, "--output_path", f"{tmp_path}/s_{mesh}", *MESHES[mesh]]) == 0
+        ms.parallel.merge_pipeline_strategys(f"{tmp_path}/s_{mesh}", f"{tmp_path}/{mesh}.json")
+    files = f"{tmp_path}/{source}.json", f"{tmp_path}/{target}.json"
+    ms.transform_checkpoints(f"{layouts}/{source}", f"{tmp_path}/ms", "checkpoint_", *files)
+    assert_same_ranks(tmp_path / "ms", layouts / target)
+    # What MindSpore merged is read by ours.
+    command = ["--src_checkpoint", f"{tmp_path}/ms", "--src_strategy", files[1], "--dst_strategy", files[0]]
+    assert transform([*command, "--dst_checkpoint_dir", f"{tmp_path}/back"]) == 0
+    assert_same_ranks(tmp_path / "back", layouts / source)
+
+
 def test_one_rank_by_mindspore_from_the_ranks_that_it_says_it_needs(layouts: Path, tmp_path: Path) -> None:
     source, target = "dp2_tp2_pp2_zero1", "tp8_copied_heads"
     files = strategy(layouts, source), strategy(layouts, target)

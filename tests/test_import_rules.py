@@ -52,6 +52,7 @@ PURE = [
     "llama31_core.lora.table",
     "llama31_core.parallel",
     "llama31_core.parallel.strategy_file",
+    "llama31_core.parallel.strategy_format",
     "llama31_core.run_config",
     "llama31_ckpt.cli",
     "llama31_data",

@@ -24,7 +24,7 @@ from llama31_core.checkpoint import MANIFEST_NAME
 from llama31_core.checkpoint.sharded import rank_directories
 from llama31_core.errors import ConfigError, Llama31Error
 from llama31_core.parallel.layout import Layout, WholeLayout
-from llama31_core.parallel.strategy_file import load_strategy
+from llama31_core.parallel.strategy_file import StrategyLayout, load_strategy
 
 
 def _as_bool(text: str) -> bool:
@@ -90,7 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.world_size is not None and arguments.world_size != target.world_size:
         raise ConfigError(f"world_size is {arguments.world_size}, dst_strategy describes {target.world_size} ranks")
     ranks = own_ranks(target.world_size, arguments.rank_id, arguments.transform_process_num)
-    options = ShardOptions("ckpt", arguments.prefix)
+    qkv_concat = isinstance(target, StrategyLayout) and target.qkv_concat
+    options = ShardOptions("ckpt", arguments.prefix, qkv_concat=qkv_concat)
     layout = _source_layout(arguments.src_checkpoint, arguments.src_strategy)
     with closing(open_source(arguments.src_checkpoint, layout=layout)) as source:
         if len(ranks) == target.world_size and not arguments.transform_by_rank:

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llama31_ckpt.cli import main, parse_size
+from llama31_ckpt.cli import main
 from llama31_ckpt.resume import RECORD_NAME
+from llama31_ckpt.sizes import parse_size
 from llama31_core.checkpoint import open_weights, save_weights, spell, writer
 from llama31_core.checkpoint.dtypes import Array
 from llama31_core.checkpoint.manifest import manifest_problems, read_manifest
@@ -311,7 +312,7 @@ def test_resume_goes_on_after_the_finished_shards(
         assert _convert(hf_dir, tmp_path / "out", *options) == 1
     assert not (tmp_path / "out").exists()
     part = tmp_path / ".out.part"
-    finished = [file["name"] for file in json.loads((part / RECORD_NAME).read_text())["files"]]
+    finished = list(json.loads((part / RECORD_NAME).read_text())["files"])
     assert len(finished) == 3
     times = {name: (part / name).stat().st_mtime_ns for name in finished}
     assert _convert(hf_dir, tmp_path / "out", *options) == 0

@@ -96,7 +96,7 @@ def test_the_architecture_is_read(build_gguf: GgufBuilder, config: ModelConfig) 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "kind 'llama', split None"),
+        ({"tokenizer.ggml.model": "bert"}, "kind 'bert', split None"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "other"}, "kind 'gpt2', split 'other'"),
     ],
 )
@@ -120,7 +120,7 @@ VOCABULARY = {
 
 
 def test_a_vocabulary_is_written(build_gguf: GgufBuilder) -> None:
-    files = open_source(build_gguf(metadata=VOCABULARY)).build_texts()
+    files = open_source(build_gguf(metadata=VOCABULARY)).build_files()
     tokenizer = json.loads(files["tokenizer.json"])
     assert tokenizer["model"]["vocab"] == {"a": 0, "b": 1, "ab": 2}
     assert [(token["id"], token["content"], token["special"]) for token in tokenizer["added_tokens"]] == [

@@ -42,16 +42,16 @@ def can_be_said(config: ModelConfig, parallel: ParallelConfig) -> bool:
 
 
 @settings(max_examples=50, deadline=None)
-@given(meshes, st.booleans())
-def test_files_read_back_as_the_layout_table(parallel: ParallelConfig, tied: bool) -> None:
+@given(meshes, st.booleans(), st.sampled_from([".ckpt", ".json"]))
+def test_files_read_back_as_the_layout_table(parallel: ParallelConfig, tied: bool, suffix: str) -> None:
     config = SMALL.model_copy(update={"tie_word_embeddings": tied})
     with TemporaryDirectory() as scratch:
         if not can_be_said(config, parallel):
             with pytest.raises(ConfigError, match="leave shard_optimizer out"):
-                save_strategy_files(Path(scratch), config, parallel)
+                save_strategy_files(Path(scratch), config, parallel, suffix=suffix)
             assert list(Path(scratch).iterdir()) == []
             return
-        assert len(save_strategy_files(Path(scratch), config, parallel)) == parallel.pp
+        assert len(save_strategy_files(Path(scratch), config, parallel, suffix=suffix)) == parallel.pp
         layout, table = load_strategy(Path(scratch)), TableLayout(config, parallel)
     assert layout.world_size == table.world_size
     for name, shape in parameter_shapes(config).items():
@@ -62,6 +62,38 @@ def test_files_read_back_as_the_layout_table(parallel: ParallelConfig, tied: boo
                 if place is not None:
                     assert layout.full_shape(full_name, tuple(part.stop - part.start for part in place)) == shape
     assert layout.place("global_step", (1,), 0) == (slice(0, 1),)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds a JSON list"),
+        ("{}", "empty one"),
+        ('{"parallel_layout_item": []}', "no JSON objects"),
+        ('{"parallel_layout_item": {"a": 1}}', "must have dev_matrix"),
+        ('{"parallel_layout_item": {"a": {"dev_matrix": [2], "tensor_map": [true]}}}', "lists of whole numbers"),
+        ('{"parallel_layout_item": {"a": {"dev_matrix": 2, "tensor_map": [0]}}}', "lists of whole numbers"),
+        ('{"parallel_layout_item": {"a": {"dev_matrix": [2], "tensor_map": [1]}}}', "do not fit"),
+    ],
+)
+def test_json_that_is_no_strategy(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "strategy.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_strategy(tmp_path / "strategy.json")
+
+
+def test_json_with_an_axis_split_by_two_of_the_matrix(tmp_path: Path) -> None:
+    layout = '{"dev_matrix": [2, 3], "tensor_map": [[0, 1], [-1]]}'
+    (tmp_path / "strategy.json").write_text(f'{{"parallel_layout_item": {{"a": {layout}}}}}')
+    assert load_strategy(tmp_path / "strategy.json").place("a", (12, 5), 1) == (slice(4, 6), slice(0, 5))
+
+
+def test_moments_that_a_file_does_not_name_are_not_taken_for_loop_state(tmp_path: Path) -> None:
+    path = tmp_path / "strategy.ckpt"
+    path.write_bytes(strategy({"a": ([2], [[0]], 0, 0)}))
+    with pytest.raises(ConfigError, match=r"does not say how adam_mean\.a is split"):
+        load_strategy(path).place("adam_mean.a", (4,), 0)
 
 
 def test_existing_files_stay(tmp_path: Path) -> None:

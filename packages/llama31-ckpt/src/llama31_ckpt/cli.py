@@ -17,6 +17,7 @@ from llama31_ckpt.lora_extract import extract_lora
 from llama31_ckpt.progress import item_bar
 from llama31_ckpt.report_commands import add_diff, add_inspect, add_verify
 from llama31_ckpt.shard_commands import add_merge, add_reshard, add_shard, add_strategy
+from llama31_ckpt.sizes import parse_size
 from llama31_ckpt.sources import open_source
 from llama31_core.checkpoint.staging import DestinationExistsError, check_destination
 from llama31_core.errors import Llama31Error
@@ -66,21 +67,6 @@ def _add_extract_lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="config.json for a checkpoint that has none")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing destination")
     parser.set_defaults(run=_run_extract_lora)
-
-
-def parse_size(text: str) -> int:
-    """Bytes from `5GB`, `200MB`, `64KB` or a plain number."""
-    number, factor = text.upper(), 1
-    for suffix, value in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if number.endswith(suffix):
-            number, factor = number.removesuffix(suffix), value
-    try:
-        size = int(float(number) * factor)
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"size {text!r} is not like 5GB, 200MB or 1000000")
-    return size
 
 
 def _run_convert(arguments: argparse.Namespace) -> None:

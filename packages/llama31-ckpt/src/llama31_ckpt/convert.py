@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ def convert(source: Source, destination: Path, options: Options = Options()) -> 
     started = time.monotonic()
     to_file = destination.suffix in FILE_SUFFIXES
     _check_options(destination, options, to_file)
-    check_apart(source.path, destination)
+    for path in source.inputs:
+        check_apart(path, destination)
     check_destination(destination, overwrite=options.overwrite)
     plan = plan_tensors(
         source, dtype=options.dtype, naming=options.naming, qkv_concat=options.qkv_concat, states=options.states
@@ -110,7 +111,9 @@ def convert(source: Source, destination: Path, options: Options = Options()) -> 
 
 def _check_options(destination: Path, options: Options, to_file: bool) -> None:
     if to_file and (options.max_shard_bytes or options.resume):
-        raise CheckpointError(f"{destination} is one file: shards and --resume need a directory as the destination")
+        raise CheckpointError(
+            f"{destination} is one file: --max_shard_size and --resume need a directory as --output_path"
+        )
     if options.naming == "hf" and (options.qkv_concat or destination.suffix == ".ckpt"):
         raise CheckpointError(
             "HF checkpoints are safetensors without fused tensors; drop --qkv_concat or the .ckpt suffix"
@@ -140,9 +143,14 @@ def _convert_to_file(
 def _convert_to_directory(
     source: Source, plan: Plan, destination: Path, options: Options, on_bytes: Callable[[int], object]
 ) -> None:
+    built = source.build_files()
     with staged_directory(destination, overwrite=options.overwrite, resume=options.resume) as part:
         shards = plan_shards(plan.specs, options.max_shard_bytes)
-        record = ShardRecord(part, source.path, shards, enabled=options.resume)
+        planned = {
+            name: [(spec.name, spec.shape, spec.dtype.name, plan.parts[spec.name]) for spec in specs]
+            for name, specs in shards.items()
+        }
+        record = ShardRecord(part, source.inputs, planned, enabled=options.resume)
 
         def write(name: str) -> WrittenFile:
             shard = shards[name]
@@ -150,7 +158,7 @@ def _convert_to_directory(
             if written is None:
                 chunks = chunk_source(source.weights, shard, plan.parts, on_bytes)
                 written = write_safetensors(part / name, shard, chunks, metadata=_METADATA[options.naming])
-                record.add(written)
+                record.add(name, written)
             else:
                 on_bytes(sum(spec.size_bytes for spec in shard))
             return written
@@ -159,7 +167,7 @@ def _convert_to_directory(
         record.remove()
         index = write_index(part, shards)
         files += [] if index is None else [index]
-        files += write_sidecars(source, plan.main_dtype, part)
+        files += write_sidecars(source, built, plan.main_dtype, part)
         write_manifest(part, files, dtype=plan.main_dtype, source=source.describe(), tool=TOOL)
 
 
@@ -189,11 +197,11 @@ def _config_of(source: Source, dtype: str) -> dict[str, Any]:
     return {**source.config.to_hf(), "torch_dtype": dtype}
 
 
-def write_sidecars(source: Source, dtype: str, directory: Path) -> list[WrittenFile]:
-    """Write config and tokenizer files beside the weights."""
-    texts = {"config.json": json.dumps(_config_of(source, dtype), indent=2) + "\n", **source.build_texts()}
-    for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
+def write_sidecars(source: Source, files: Mapping[str, bytes], dtype: str, directory: Path) -> list[WrittenFile]:
+    """Write config and tokenizer files beside the weights; `files` are those that the source builds."""
+    built = {"config.json": (json.dumps(_config_of(source, dtype), indent=2) + "\n").encode(), **files}
+    for name, content in built.items():
+        (directory / name).write_bytes(content)
     for path in source.sidecars:
         shutil.copyfile(path, directory / path.name)
-    return [describe_file(directory / name) for name in (*texts, *(path.name for path in source.sidecars))]
+    return [describe_file(directory / name) for name in (*built, *(path.name for path in source.sidecars))]

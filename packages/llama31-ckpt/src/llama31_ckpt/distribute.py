@@ -9,20 +9,21 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama31_ckpt.convert import TOOL, Summary, check_apart, check_room, write_sidecars
 from llama31_ckpt.progress import byte_bar
 from llama31_ckpt.reading import in_threads, read_ahead
-from llama31_ckpt.resume import file_stats
+from llama31_ckpt.resume import ShardRecord, file_stats
 from llama31_ckpt.sources import Source
 from llama31_core.checkpoint.dtypes import BY_NAME, Array
 from llama31_core.checkpoint.manifest import write_manifest
+from llama31_core.checkpoint.names import fused_members, fused_name, split_moment
 from llama31_core.checkpoint.reader import Weights
 from llama31_core.checkpoint.shapes import check_weights
-from llama31_core.checkpoint.sharded import Box, Part, RankLayout
+from llama31_core.checkpoint.sharded import Part, RankLayout
 from llama31_core.checkpoint.staging import check_destination, staged_directory
 from llama31_core.checkpoint.writer import TensorSpec, WrittenFile, row_chunks, write_ckpt, write_safetensors
 from llama31_core.errors import CheckpointError, ConfigError
@@ -40,12 +41,16 @@ class ShardOptions:
         prefix: a rank's file is `rank_N/<prefix>N.<suffix>`.
         overwrite: replace an existing destination.
         workers: ranks that are written at a time.
+        resume: keep finished ranks of a try that fails, and continue after those of an earlier one.
+        qkv_concat: stack a rank's parts of wq, wk, wv and of w1, w3 as MindFormers does.
     """
 
     suffix: str = "safetensors"
     prefix: str = "checkpoint_"
     overwrite: bool = False
     workers: int = 1
+    resume: bool = False
+    qkv_concat: bool = False
 
     def file_name(self, rank: int) -> str:
         """Of a rank's file."""
@@ -54,11 +59,19 @@ class ShardOptions:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What is written for one rank."""
+    """What is written for one rank.
+
+    Attributes:
+        rank: whose it is.
+        parts: of each tensor, by its canonical name.
+        specs: what the file holds, in order.
+        members: for each entry of the file the tensors whose parts it stacks.
+    """
 
     rank: int
     parts: dict[str, Part]
     specs: tuple[TensorSpec, ...]
+    members: dict[str, tuple[str, ...]]
 
     @property
     def size_bytes(self) -> int:
@@ -81,24 +94,34 @@ def distribute(source: Source, destination: Path, layout: Layout, options: Shard
     """
     started = time.monotonic()
     _check_options(options)
-    check_apart(source.path, destination)
+    for path in source.inputs:
+        check_apart(path, destination)
     check_destination(destination, overwrite=options.overwrite)
     if source.found_config is not None:
         check_weights(source.weights, source.found_config)
-    plans = [plan_rank(source, layout, rank) for rank in range(layout.world_size)]
+    plans = [plan_rank(source, layout, rank, qkv_concat=options.qkv_concat) for rank in range(layout.world_size)]
     size_bytes = sum(plan.size_bytes for plan in plans)
     check_room(destination, size_bytes)
-    dtype = _main_dtype(plans)
+    dtype, built = _main_dtype(plans), source.build_files()
     with (
         byte_bar(size_bytes, "shard") as bar,
-        staged_directory(destination, overwrite=options.overwrite) as part,
+        staged_directory(destination, overwrite=options.overwrite, resume=options.resume) as part,
     ):
+        record = ShardRecord(part, source.inputs, [_describe(plan, options) for plan in plans], enabled=options.resume)
 
         def write(plan: RankPlan) -> WrittenFile:
-            return write_rank(source.weights, plan, part / f"rank_{plan.rank}", options, bar.update)
+            key = f"rank_{plan.rank}/{options.file_name(plan.rank)}"
+            written = record.finished(key)
+            if written is None:
+                written = write_rank(source.weights, plan, part / f"rank_{plan.rank}", options, bar.update)
+                record.add(key, written)
+            else:
+                bar.update(plan.size_bytes)
+            return written
 
         files = in_threads(write, plans, options.workers)
-        sidecars = [] if source.found_config is None else write_sidecars(source, dtype, part)
+        record.remove()
+        sidecars = [] if source.found_config is None else write_sidecars(source, built, dtype, part)
         # The same for all ranks, and another one if a byte of any rank is.
         checkpoint = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
         world = {"world_size": layout.world_size, "checkpoint": checkpoint, "mesh": layout.mesh()}
@@ -127,7 +150,7 @@ def distribute_rank(
         raise ConfigError(f"rank is {rank}, allowed is 0 to {layout.world_size - 1}")
     directory = destination / f"rank_{rank}"
     check_destination(directory, overwrite=options.overwrite)
-    plan = plan_rank(source, layout, rank)
+    plan = plan_rank(source, layout, rank, qkv_concat=options.qkv_concat)
     check_room(directory, plan.size_bytes)
     dtype = _main_dtype([plan])
     with byte_bar(plan.size_bytes, "shard") as bar, staged_directory(directory, overwrite=options.overwrite) as part:
@@ -150,24 +173,50 @@ def _check_options(options: ShardOptions) -> None:
         raise CheckpointError(f"{options.workers} ranks at a time were asked for, at least 1 is needed")
 
 
-def plan_rank(source: Source, layout: Layout, rank: int) -> RankPlan:
+def _describe(plan: RankPlan, options: ShardOptions) -> list[object]:
+    """All that decides the bytes of a rank's file, for `ShardRecord`."""
+    entries = [(spec.name, spec.shape, spec.dtype.name, plan.members[spec.name]) for spec in plan.specs]
+    return [options.file_name(plan.rank), entries, [(name, part.box) for name, part in plan.parts.items()]]
+
+
+def plan_rank(source: Source, layout: Layout, rank: int, *, qkv_concat: bool = False) -> RankPlan:
     """What a rank of the layout holds of the source."""
     weights = source.weights
-    parts, specs = {}, []
+    parts: dict[str, Part] = {}
     for name in (*weights.names(), *source.states):
         full_shape = weights.shape(name)
         slices = layout.place(name, full_shape, rank)
-        if slices is None:
-            continue
-        dtype = weights.dtype(name)
-        if dtype not in BY_NAME:
-            raise CheckpointError(f"{source.path}: tensor {name!r} has dtype {dtype}, which no shard can hold")
-        part = Part(full_shape, tuple((piece.start, piece.stop) for piece in slices))
-        parts[name] = part
-        specs.append(TensorSpec(name, part.shape, BY_NAME[dtype]))
-    if not specs:
+        if slices is not None:
+            parts[name] = Part(full_shape, tuple((piece.start, piece.stop) for piece in slices))
+    if not parts:
         raise ConfigError(f"the layout gives rank {rank} nothing of {source.path}")
-    return RankPlan(rank, parts, tuple(specs))
+    members: dict[str, tuple[str, ...]] = {name: (name,) for name in parts}
+    if qkv_concat:
+        members = {fused: fused_members(fused) for fused in map(fused_name, parts)}
+    specs = tuple(_plan_entry(source, entry, members[entry], parts) for entry in members)
+    return RankPlan(rank, parts, specs, members)
+
+
+def _plan_entry(source: Source, entry: str, members: Sequence[str], parts: Mapping[str, Part]) -> TensorSpec:
+    """An entry of a rank's file: a part of a tensor, or the parts of several stacked."""
+    missing = [name for name in members if name not in parts]
+    if missing:
+        raise CheckpointError(f"{source.path}: {entry} would stack {missing[0]}, which is not there")
+    dtypes = {source.weights.dtype(name) for name in members}
+    if len(dtypes) > 1 or not dtypes <= set(BY_NAME):
+        raise CheckpointError(
+            f"{source.path}: {entry} has dtype {' and '.join(sorted(dtypes))}, which no shard can hold"
+        )
+    prefix = split_moment(entry)[0]
+    if len(members) > 1 and any(
+        parts[name].box != parts.get(name.removeprefix(prefix), parts[name]).box for name in members
+    ):
+        raise ConfigError(
+            f"{entry} would stack moments that are split over dp; leave shard_optimizer or qkv_concat out"
+        )
+    shapes = [parts[name].shape for name in members]
+    shape = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    return TensorSpec(entry, shape, BY_NAME[dtypes.pop()])
 
 
 def write_rank(
@@ -176,7 +225,10 @@ def write_rank(
     """Write the file of one rank."""
     directory.mkdir(exist_ok=True)
     chunks = read_ahead(
-        chunk for spec in plan.specs for chunk in _read_box(weights, spec.name, plan.parts[spec.name].box, spec)
+        chunk
+        for spec in plan.specs
+        for name in plan.members[spec.name]
+        for chunk in _read_part(weights, name, plan.parts[name], spec.dtype.size_bytes)
     )
 
     def chunks_of(spec: TensorSpec) -> Iterator[Array]:
@@ -191,14 +243,13 @@ def write_rank(
     return write(directory / options.file_name(plan.rank), plan.specs, chunks_of)
 
 
-def _read_box(weights: Weights, name: str, box: Box, spec: TensorSpec) -> Iterator[Array]:
+def _read_part(weights: Weights, name: str, part: Part, item_bytes: int) -> Iterator[Array]:
     """A part of a tensor in chunks of its rows."""
-    if not box:
+    if not part.box:
         yield weights.read_slice(name, ())
         return
-    first, columns = box[0][0], [slice(*bounds) for bounds in box[1:]]
-    row_bytes = math.prod(spec.shape[1:]) * spec.dtype.size_bytes
-    for start, stop in row_chunks(spec.shape, row_bytes):
+    first, columns = part.box[0][0], [slice(*bounds) for bounds in part.box[1:]]
+    for start, stop in row_chunks(part.shape, math.prod(part.shape[1:]) * item_bytes):
         yield weights.read_slice(name, (slice(first + start, first + stop), *columns))
 
 

@@ -11,10 +11,10 @@ from llama31_ckpt.sources import Source
 from llama31_core.checkpoint.dtypes import BY_NAME, Array, dtype_of
 from llama31_core.checkpoint.names import (
     EMBEDDING,
-    FUSED,
     LM_HEAD,
     Scheme,
-    fill_layer,
+    fused_members,
+    fused_name,
     is_training_state,
     order_key,
     spell,
@@ -75,13 +75,13 @@ def plan_tensors(
     weights, expected = source.weights, parameter_shapes(source.config)
     notes = _check_tensors(source, states)
     dtypes = {name: dtype_of(dtype if dtype is not None else weights.dtype(name)) for name in expected}
-    fused_of = {} if not qkv_concat else _fused_tensors(source.config.n_layers)
     specs: list[TensorSpec] = []
     parts: dict[str, tuple[str, ...]] = {}
     for name, shape in expected.items():
-        output, members = fused_of.get(name, (spell(name, naming), (name,)))
+        output = fused_name(name) if qkv_concat else spell(name, naming)
         if output in parts:
             continue
+        members = fused_members(output) if qkv_concat else (name,)
         kinds = {dtypes[member].name for member in members}
         if len(kinds) > 1:
             raise CheckpointError(f"{source.path}: {output} would stack {' and '.join(sorted(kinds))}; give --dtype")
@@ -92,16 +92,6 @@ def plan_tensors(
         specs.append(TensorSpec(name, weights.shape(name), BY_NAME[weights.dtype(name)]))
         parts[name] = (name,)
     return Plan(tuple(specs), parts, notes)
-
-
-def _fused_tensors(n_layers: int) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Canonical name -> fused tensor it goes into, and all parts of that."""
-    result: dict[str, tuple[str, tuple[str, ...]]] = {}
-    for layer in range(n_layers):
-        for template, members in FUSED.items():
-            names = tuple(f"model.layers.{layer}.{member}.weight" for member in members)
-            result |= {name: (fill_layer(template, layer), names) for name in names}
-    return result
 
 
 def _check_tensors(source: Source, states: bool) -> tuple[str, ...]:

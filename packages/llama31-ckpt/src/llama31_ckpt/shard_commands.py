@@ -10,12 +10,13 @@ from pydantic import ValidationError
 
 from llama31_ckpt.convert import Options, Summary, convert
 from llama31_ckpt.distribute import SUFFIXES, ShardOptions, distribute
+from llama31_ckpt.sizes import parse_size
 from llama31_ckpt.sources import Source, open_source
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError, ConfigError
 from llama31_core.parallel.layout import Layout, TableLayout
 from llama31_core.parallel.mesh import ParallelConfig
-from llama31_core.parallel.strategy_file import load_strategy, save_strategy_files
+from llama31_core.parallel.strategy_file import StrategyLayout, load_strategy, save_strategy_files
 from llama31_core.validation import first_problem
 
 
@@ -38,6 +39,8 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--src_strategy", type=Path, help="strategy file(s) of an input without our manifests")
     parser.add_argument("--weights_only", action="store_true", help="leave optimiser and loop state out")
+    parser.add_argument("--max_shard_size", type=parse_size, help="start another file at this size, for instance 5GB")
+    parser.add_argument("--resume", action="store_true", help="keep finished shards of a try that fails, and go on")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing destination")
     parser.set_defaults(run=_run_merge)
 
@@ -45,6 +48,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
 def add_strategy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="config.json or a directory with one")
     parser.add_argument("--output_path", type=Path, required=True, help="directory for one file for each stage")
+    parser.add_argument("--format", choices=("ckpt", "json"), default="ckpt", help="protobuf or JSON (ckpt)")
     _add_mesh(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.set_defaults(run=_run_strategy)
@@ -62,6 +66,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=SUFFIXES, default="safetensors", help="of each rank's file (safetensors)")
     parser.add_argument("--prefix", default="checkpoint_", help="a rank's file is rank_N/<prefix>N.<format>")
     parser.add_argument("--workers", type=int, default=1, help="ranks that are written at a time (1)")
+    parser.add_argument("--qkv_concat", action="store_true", help="stack a rank's wq, wk, wv and w1, w3 as MindFormers")
+    parser.add_argument("--resume", action="store_true", help="keep finished ranks of a try that fails, and go on")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing destination")
 
 
@@ -129,13 +135,25 @@ def _run_reshard(arguments: argparse.Namespace) -> None:
 
 def _distribute(arguments: argparse.Namespace, source: Source) -> None:
     layout = _target(arguments, source)
-    options = ShardOptions(arguments.format, arguments.prefix, arguments.overwrite, arguments.workers)
+    options = ShardOptions(
+        arguments.format,
+        arguments.prefix,
+        arguments.overwrite,
+        arguments.workers,
+        resume=arguments.resume,
+        qkv_concat=arguments.qkv_concat or (isinstance(layout, StrategyLayout) and layout.qkv_concat),
+    )
     report(distribute(source, arguments.output_path, layout, options), f"{layout.world_size} ranks")
 
 
 def _run_merge(arguments: argparse.Namespace) -> None:
     with closing(open_ranks(arguments.input_path, arguments.src_strategy, arguments.config)) as source:
-        options = Options(overwrite=arguments.overwrite, states=not arguments.weights_only)
+        options = Options(
+            overwrite=arguments.overwrite,
+            states=not arguments.weights_only,
+            max_shard_bytes=arguments.max_shard_size,
+            resume=arguments.resume,
+        )
         summary = convert(source, arguments.output_path, options)
     report(summary, f"{summary.num_tensors} tensors")
 
@@ -152,5 +170,7 @@ def _run_strategy(arguments: argparse.Namespace) -> None:
     config = ModelConfig.from_pretrained(directory)
     parallel = _parallel(arguments)
     parallel.check(config)
-    paths = save_strategy_files(arguments.output_path, config, parallel, overwrite=arguments.overwrite)
+    paths = save_strategy_files(
+        arguments.output_path, config, parallel, overwrite=arguments.overwrite, suffix=f".{arguments.format}"
+    )
     print(f"{arguments.output_path}: {len(paths)} strategy files for {parallel.world_size} ranks")

@@ -58,7 +58,8 @@ class Source:
         ignored: entries that are no weights.
         states: those of them that `weights` can read: optimiser and loop state.
         sidecars: files to copy into a model directory.
-        build_texts: makes the files to write into a model directory, name -> content.
+        build_files: makes the files to write into a model directory, name -> content.
+        adapter: a LoRA adapter that was merged into `weights`.
         notes: what the user should know of what was not converted.
     """
 
@@ -70,8 +71,9 @@ class Source:
     ignored: tuple[str, ...] = ()
     states: tuple[str, ...] = ()
     sidecars: tuple[Path, ...] = ()
-    build_texts: Callable[[], Mapping[str, str]] = dict
+    build_files: Callable[[], Mapping[str, bytes]] = dict
     notes: tuple[str, ...] = ()
+    adapter: Path | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -86,7 +88,13 @@ class Source:
 
     def describe(self) -> dict[str, Any]:
         """The manifest's `source`."""
-        return {"format": self.format, "name": self.path.absolute().name}
+        adapter = {} if self.adapter is None else {"adapter": self.adapter.absolute().name}
+        return {"format": self.format, "name": self.path.absolute().name, **adapter}
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files and directories that it is read from."""
+        return (self.path,) if self.adapter is None else (self.path, self.adapter)
 
 
 def open_source(path: Path, *, config_path: Path | None = None, layout: Layout | None = None) -> Source:
@@ -144,7 +152,7 @@ def _open_gguf(path: Path) -> Source:
     source = Source(path, "gguf", weights, config, file.close, weights.ignored)
     missing = unsupported_vocabulary(header)
     if missing is None:
-        source.build_texts = partial(build_tokenizer_files, header, config.max_seq_len)
+        source.build_files = partial(build_tokenizer_files, header, config.max_seq_len)
     else:
         source.notes = (missing,)
     return source

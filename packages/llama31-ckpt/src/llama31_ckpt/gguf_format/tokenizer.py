@@ -1,8 +1,9 @@
-"""The vocabulary of a GGUF file as HF files: metadata in, `tokenizer.json` and `tokenizer_config.json` texts out.
+"""The vocabulary of a GGUF file as a model directory's tokenizer files: metadata in, file names and contents out.
 
-Covers byte-level BPE (`tokenizer.ggml.model` = gpt2), which Llama 3 and SmolLM2 have. How text is split before merging
-is only named in a GGUF file (`tokenizer.ggml.pre`), so the splits are listed here. Where the name is not listed no
-tokenizer is written, since a wrong split gives plausible but wrong ids.
+Byte-level BPE (`tokenizer.ggml.model` = gpt2), which Llama 3 and SmolLM2 have, becomes `tokenizer.json`. How text is
+split before merging is only named in a GGUF file (`tokenizer.ggml.pre`), so the splits are listed here. Where the name
+is not listed no tokenizer is written, since a wrong split gives plausible but wrong ids. SentencePiece (`llama`), which
+Llama 2 and its relatives have, becomes `tokenizer.model`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 from gguf.constants import TokenType
 
 from llama31_ckpt.gguf_format.header import GgufHeader
+from llama31_ckpt.gguf_format.sentencepiece import build_sentencepiece_config, build_sentencepiece_model
 from llama31_core.errors import CheckpointError
 
+_SENTENCEPIECE = "llama"
 # Llama 3's regular expression (llama-models `models/llama3/tokenizer.py`, `pat_str`).
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -55,55 +58,74 @@ def unsupported_vocabulary(header: GgufHeader) -> str | None:
     kind, pre = header.metadata.get("tokenizer.ggml.model"), header.metadata.get("tokenizer.ggml.pre")
     if kind is None:
         return f"{header.path.name} has no vocabulary: no tokenizer is written"
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if kind != _SENTENCEPIECE and (kind != "gpt2" or pre not in _PRE_TOKENIZERS):
         known = ", ".join(_PRE_TOKENIZERS)
         return (
-            f"the vocabulary of {header.path.name} is of kind {kind!r}, split {pre!r}; known are 'gpt2' with {known}: "
-            "no tokenizer is written, put the model's own beside the weights"
+            f"the vocabulary of {header.path.name} is of kind {kind!r}, split {pre!r}; known are {_SENTENCEPIECE!r} "
+            f"and 'gpt2' with {known}: no tokenizer is written, put the model's own beside the weights"
         )
     return None
 
 
-def build_tokenizer_files(header: GgufHeader, max_seq_len: int) -> dict[str, str]:
-    """`tokenizer.json` and `tokenizer_config.json` for the vocabulary in `header`: file name -> text.
+def build_tokenizer_files(header: GgufHeader, max_seq_len: int) -> dict[str, bytes]:
+    """`tokenizer.json` or `tokenizer.model`, and `tokenizer_config.json`, for the vocabulary in `header`.
 
     Raises:
         CheckpointError: a vocabulary that contradicts itself.
     """
     metadata = header.metadata
-    pre_tokenizer = _PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]]
     tokens = _texts(header, "tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if len(set(tokens)) != len(tokens) or not isinstance(types, list) or len(types) != len(tokens):
         raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens and token_type must list each token once")
     special = {name: _special_token(header, tokens, key) for name, key in _SPECIAL_IDS.items()}
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token") is True
-    tokenizer = {
+    if metadata["tokenizer.ggml.model"] == _SENTENCEPIECE:
+        files = {"tokenizer.model": build_sentencepiece_model(header, tokens, types)}
+        config = build_sentencepiece_config(header, special, max_seq_len)
+    else:
+        tokenizer = _byte_level_tokenizer(header, tokens, types, special["bos_token"])
+        files = {"tokenizer.json": _json(tokenizer)}
+        config = _byte_level_config(header, special, max_seq_len)
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    return {**files, "tokenizer_config.json": _json(config)}
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _byte_level_tokenizer(
+    header: GgufHeader, tokens: list[str], types: list[int], bos_token: str | None
+) -> dict[str, Any]:
+    pre_tokenizer = _PRE_TOKENIZERS[header.metadata["tokenizer.ggml.pre"]]
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(tokens, types),
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": _post_processor(tokens, special["bos_token"] if add_bos else None),
+        "post_processor": _post_processor(tokens, bos_token if _adds_bos(header) else None),
         "decoder": _GPT2,
         "model": _bpe_model(header, tokens, types, ignore_merges=pre_tokenizer is _LLAMA3),
     }
-    config: dict[str, Any] = {
+
+
+def _byte_level_config(header: GgufHeader, special: dict[str, str | None], max_seq_len: int) -> dict[str, Any]:
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": add_bos,
+        "add_bos_token": _adds_bos(header),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
         **{name: token for name, token in special.items() if token is not None},
     }
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        config["chat_template"] = template
-    return {
-        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n",
-        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
-    }
+
+
+def _adds_bos(header: GgufHeader) -> bool:
+    return header.metadata.get("tokenizer.ggml.add_bos_token") is True
 
 
 def _texts(header: GgufHeader, key: str) -> list[str]:

@@ -211,16 +211,17 @@ def check_crc(file: OpenFile) -> bool | None:
 
 def build_value_start(name: str, dtype: DType, shape: tuple[int, ...], content_size: int) -> bytes:
     """The bytes before `content_size` bytes of content of one `value`."""
-    dims = b"".join(b"\x08" + _varint(dim) for dim in (shape or (0,)))
+    dims = b"".join(b"\x08" + encode_varint(dim) for dim in (shape or (0,)))
     kind = dtype.mindspore.encode()
-    head = dims + b"\x12" + _varint(len(kind)) + kind + b"\x1a" + _varint(content_size)
+    head = dims + b"\x12" + encode_varint(len(kind)) + kind + b"\x1a" + encode_varint(content_size)
     tag = name.encode()
     tensor_size = len(head) + content_size
-    start = b"\x0a" + _varint(len(tag)) + tag + b"\x12" + _varint(tensor_size)
-    return b"\x0a" + _varint(len(start) + tensor_size) + start + head
+    start = b"\x0a" + encode_varint(len(tag)) + tag + b"\x12" + encode_varint(tensor_size)
+    return b"\x0a" + encode_varint(len(start) + tensor_size) + start + head
 
 
-def _varint(value: int) -> bytes:
+def encode_varint(value: int) -> bytes:
+    """A number in protobuf's variable length."""
     result = bytearray()
     while value >= 0x80:
         result.append(value & 0x7F | 0x80)

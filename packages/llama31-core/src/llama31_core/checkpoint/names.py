@@ -135,6 +135,26 @@ def split_moment(name: str) -> tuple[str, str]:
     return prefix, name.removeprefix(prefix)
 
 
+def fused_members(name: str) -> tuple[str, ...]:
+    """The weights whose rows a fused tensor (or a moment of one) stacks, in order; `name` alone for any other."""
+    prefix, parameter = split_moment(name)
+    template, layer = split_layer(parameter)
+    if template not in FUSED:
+        return (name,)
+    return tuple(f"{prefix}{fill_layer(f'model.layers.{{n}}.{part}.weight', layer)}" for part in FUSED[template])
+
+
+def fused_name(canonical: str) -> str:
+    """The fused tensor that stacks this weight (or moment) with others; the name itself where none does."""
+    prefix, parameter = split_moment(canonical)
+    layer = split_layer(parameter)[1]
+    for template in FUSED if layer is not None else ():
+        name = prefix + fill_layer(template, layer)
+        if canonical in fused_members(name):
+            return name
+    return canonical
+
+
 def is_training_state(name: str) -> bool:
     """Whether an entry is optimiser or loop state of a training run."""
     return bool(_TRAINING_STATE.fullmatch(name))

@@ -17,9 +17,8 @@ from typing import Protocol
 from llama31_core.checkpoint.dtypes import Array
 from llama31_core.checkpoint.files import open_tensor_files
 from llama31_core.checkpoint.names import (
-    FUSED,
     canonical_name,
-    fill_layer,
+    fused_members,
     is_ignorable,
     is_training_state,
     split_layer,
@@ -74,8 +73,7 @@ class WeightsReader:
             if is_ignorable(name):
                 ignored.append(name)
                 if is_training_state(name):
-                    prefix, parameter = split_moment(name)
-                    self._states[prefix + _canonical(parameter)] = _Piece(name)
+                    self._states |= self._state_pieces(name)
             else:
                 for canonical, piece in self._pieces_of(name):
                     if canonical in self._pieces:
@@ -90,24 +88,32 @@ class WeightsReader:
             logger.info("%s: %d entries are no weights and are not read", self.source, len(ignored))
 
     def _pieces_of(self, stored: str) -> list[tuple[str, _Piece]]:
-        template, layer = split_layer(stored)
-        if template not in FUSED:
+        names = fused_members(stored)
+        if names == (stored,):
             return [(_canonical(stored), _Piece(stored))]
-        names = [fill_layer(f"model.layers.{{n}}.{part}.weight", layer) for part in FUSED[template]]
         pieces, start = [], 0
-        for name, count in zip(names, self._fused_rows(stored, layer, len(names)), strict=True):
+        for name, count in zip(names, self._fused_rows(stored, len(names)), strict=True):
             pieces.append((name, _Piece(stored, (start, start + count))))
             start += count
         return pieces
 
-    def _fused_rows(self, stored: str, layer: int | None, parts: int) -> list[int]:
-        """How many rows of a fused tensor each of its parts has."""
+    def _state_pieces(self, stored: str) -> dict[str, _Piece]:
+        prefix, parameter = split_moment(stored)
+        whole = self._files.tensors.get(parameter)
+        # A fused moment split over dp holds other rows than its parameter: it keeps its name, which no layout has.
+        if not prefix or whole is None or whole.shape != self._files.tensors[stored].shape:
+            return {prefix + _canonical(parameter): _Piece(stored)}
+        return {prefix + name: _Piece(stored, piece.rows) for name, piece in self._pieces_of(parameter)}
+
+    def _fused_rows(self, stored: str, parts: int) -> list[int]:
+        """How many rows of a fused tensor each of its parts has; on a rank, of the part of it that the rank has."""
         shape = self._files.tensors[stored].shape
         rows = shape[0] if len(shape) == 2 else 0
         if parts == 2:
             counts = [rows // 2, rows // 2]
         else:
             # wo maps the heads back to the residual stream: its columns are wq's rows; wk and wv share the rest.
+            layer = split_layer(stored)[1]
             candidates = [f"model.layers.{layer}.attention.wo.weight", f"model.layers.{layer}.self_attn.o_proj.weight"]
             wo = next((self._files.tensors[name] for name in candidates if name in self._files.tensors), None)
             q_rows = wo.shape[1] if wo is not None and len(wo.shape) == 2 else rows + 1

@@ -67,8 +67,7 @@ def staged_directory(destination: str | Path, *, overwrite: bool = False, resume
             part.mkdir(exist_ok=True)
             yield part
             for path in part.rglob("*"):
-                if path.is_file():
-                    sync(path)
+                sync(path)
             sync(part)
             _check_directory(destination, overwrite)  # it may have got other files meanwhile
             _replace(part, destination)

@@ -27,8 +27,8 @@ from llama31_core.checkpoint.staging import staged_file, write_error
 from llama31_core.errors import CheckpointError
 
 MINDSPORE_METADATA = {"format": "ms"}  # what MindSpore's own save_checkpoint writes
-CHUNK_BYTES = 2 << 20  # small enough to be hashed and written while it is still in the cache
-_MAX_UNHASHED = 32
+CHUNK_BYTES = 8 << 20  # each costs the threads a few hand-overs of the interpreter's lock
+_MAX_UNHASHED = 4
 _SYNC_BYTES = 128 << 20
 
 
