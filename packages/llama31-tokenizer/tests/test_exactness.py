@@ -65,9 +65,12 @@ def test_smollm2_bytes_without_token_are_left_out(smollm2: Tokenizer, hf_smollm2
     assert smollm2.decode(smollm2.encode("a\x04b")) == "ab"
 
 
+# A code point that got its meaning after a library's Unicode tables were made is a letter to some libraries and not to
+# others (U+3D000 is one), and they cut a text differently; Python 3.11's tables are older than all of theirs.
+ASSIGNED = st.characters(exclude_categories=("Cs", "Cn"))
 TEXTS = st.lists(
     st.one_of(
-        st.text(max_size=20),
+        st.text(ASSIGNED, max_size=20),
         st.sampled_from(
             ["'s", "'LL", " ", "  ", "\n", "\r\n", "\t", "123", "4", "\u3000", "é", "中", "!?", "\x04", "𝟘"]
         ),

@@ -32,10 +32,15 @@ def saved(
     return tokenizer, Tokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(directory), directory
 
 
+# A code point that got its meaning after a library's Unicode tables were made is a letter to some libraries and not to
+# others (U+3D000 is one), and they cut a text differently; Python 3.11's tables are older than all of theirs.
+ASSIGNED = st.characters(exclude_categories=("Cs", "Cn"))
+
+
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-@given(text=st.sampled_from(TEXTS) | st.text(max_size=80))
+@given(text=st.sampled_from(TEXTS) | st.text(ASSIGNED, max_size=80))
 def test_same_ids(text: str, saved: tuple[Tokenizer, Tokenizer, Any, Path]) -> None:
     original, again, theirs, _ = saved
     ids = original.encode(text)
