@@ -30,6 +30,9 @@ def start_worker(niceness: int = 0) -> None:
     os.nice(niceness)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it died before it was watched: no signal will come
+        os._exit(1)
 
 
 class Builder:
