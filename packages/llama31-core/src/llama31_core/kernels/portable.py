@@ -59,10 +59,11 @@ def _attend(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, hidden_BTS: Tensor) 
     q_BKgD = q_BKgD.reshape(batch, kv_heads, -1, width)  # (B, K, G * T, D)
     k_BKSD = k_BSKD.transpose(0, 2, 1, 3)
     v_BKSD = v_BSKD.transpose(0, 2, 1, 3)
-    scores = _scores(q_BKgD, k_BKSD).astype(ms.float32)
-    scores = scores.reshape(batch, kv_heads, group, tokens, -1)
-    scores = scores + hidden_BTS[:, None, None].astype(ms.float32) * _MASKED
-    weights = _softmax(scores).reshape(batch, kv_heads, group * tokens, -1).astype(q_BTHD.dtype)
+    scores = _scores(q_BKgD, k_BKSD).astype(ms.float32)  # (B, K, G * T, S)
+    # Repeated to the whole shape: an addition that broadcasts keeps four times its result as tables on a CPU, and in
+    # every layer its own. This one tensor is the same for all layers.
+    scores = scores + ops.tile((hidden_BTS.astype(ms.float32) * _MASKED)[:, None], (1, kv_heads, group, 1))
+    weights = _softmax(scores).astype(q_BTHD.dtype)
     out = _weighted_sum(weights, v_BKSD).reshape(batch, kv_heads, group, tokens, width)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * width)
 
