@@ -15,7 +15,6 @@
 
 namespace llama31 {
 
-constexpr int64_t kRowGrain = 32;   // rows of W that are worth a thread
 constexpr int64_t kTokenTile = 16;  // tokens whose queries go through the keys together
 
 struct LayerInputs {
@@ -90,8 +89,7 @@ class Layer {
   // wq, wk and wv as if they were one matrix; values go straight into the cache.
   void ProjectHeads() {
     const int64_t q_end = in_.q_width, k_end = q_end + in_.kv_width, all = k_end + in_.kv_width;
-    pool_.For((all + 3) / 4, kRowGrain / 4, [&](int64_t begin4, int64_t end4) {
-      const int64_t begin = begin4 * 4, end = std::min(end4 * 4, all);
+    ForWeightRows(all, [&](int64_t begin, int64_t end) {
       const auto part = [&](int64_t from, int64_t to, const void *w, const auto &row_of) {
         const int64_t first = std::max(begin, from), last = std::min(end, to);
         if (first >= last) return;
@@ -142,8 +140,8 @@ class Layer {
   }
 
   void ProjectAndAdd(const void *w, int64_t k, const float *residual) {
-    pool_.For((in_.dim + 3) / 4, kRowGrain / 4, [&](int64_t begin4, int64_t end4) {
-      MatmulRows(input_, static_cast<const T *>(w), rows_, k, begin4 * 4, std::min(end4 * 4, in_.dim),
+    ForWeightRows(in_.dim, [&](int64_t begin, int64_t end) {
+      MatmulRows(input_, static_cast<const T *>(w), rows_, k, begin, end,
                  [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
                    const __m128 before = _mm_maskz_loadu_ps(kept, residual + m * in_.dim + n);
                    _mm_mask_storeu_ps(out_ + m * in_.dim + n, kept, _mm_add_ps(before, v));
@@ -153,8 +151,7 @@ class Layer {
 
   // silu(w1 x) * w3 x, in the first half of each row of gated_.
   void Gate() {
-    pool_.For((in_.ffn + 3) / 4, kRowGrain / 4, [&](int64_t begin4, int64_t end4) {
-      const int64_t begin = begin4 * 4, end = std::min(end4 * 4, in_.ffn);
+    ForWeightRows(in_.ffn, [&](int64_t begin, int64_t end) {
       for (const auto &[w, shift] : {std::pair{in_.w1, int64_t{0}}, std::pair{in_.w3, in_.ffn}}) {
         MatmulRows(input_, static_cast<const T *>(w), rows_, in_.dim, begin, end,
                    [&, shift = shift](int64_t m, int64_t n, __m128 v, __mmask8 kept) {

@@ -119,6 +119,14 @@ void MatmulRows(const T *x, const T *w, int64_t m_rows, int64_t k, int64_t n_beg
   }
 }
 
+// Calls body(begin, end) for parts of the rows [0, n_rows) of W, in whole groups of the four that a tile takes.
+template <typename Body>
+void ForWeightRows(int64_t n_rows, const Body &body) {
+  constexpr int64_t kGroups = 8;  // that are worth a thread
+  ThreadPool::Get().For((n_rows + 3) / 4, kGroups,
+                        [&](int64_t begin, int64_t end) { body(begin * 4, std::min(end * 4, n_rows)); });
+}
+
 // Rows of float32 as the product takes them: as they are, or rounded to the nearest bfloat16.
 inline void Convert(const float *from, float *to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
 

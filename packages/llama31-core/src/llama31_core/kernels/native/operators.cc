@@ -23,6 +23,8 @@ int64_t Count(int ndim, const int64_t *shape) {
   return count;
 }
 
+std::vector<int64_t> FirstShape(const int *ndims, int64_t **shapes) { return {shapes[0], shapes[0] + ndims[0]}; }
+
 bool IsBf16(const char *dtype) { return std::string(dtype) == "bfloat16"; }
 
 template <typename T>
@@ -30,8 +32,8 @@ void Linear(const float *x, const void *w, int64_t rows, int64_t k, int64_t n_ro
   static thread_local std::vector<T> input_buffer;
   T *input = Scratch(input_buffer, rows * k);
   Convert(x, input, rows * k);
-  ThreadPool::Get().For((n_rows + 3) / 4, kRowGrain / 4, [&](int64_t begin4, int64_t end4) {
-    MatmulRows(input, static_cast<const T *>(w), rows, k, begin4 * 4, std::min(end4 * 4, n_rows),
+  ForWeightRows(n_rows, [&](int64_t begin, int64_t end) {
+    MatmulRows(input, static_cast<const T *>(w), rows, k, begin, end,
                [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
                  _mm_mask_storeu_ps(out + m * n_rows + n, kept, v);
                });
@@ -74,7 +76,7 @@ extern "C" int Llama31Layer(int nparam, void **params, int *ndims, int64_t **sha
 }
 
 extern "C" std::vector<int64_t> Llama31LayerInferShape(int *ndims, int64_t **shapes, mindspore::AotExtra *) {
-  return std::vector<int64_t>(shapes[0], shapes[0] + ndims[0]);
+  return FirstShape(ndims, shapes);
 }
 
 // x (..., E), norm (E,), settings (2,) -> (..., E).
@@ -89,7 +91,7 @@ extern "C" int Llama31Norm(int nparam, void **params, int *ndims, int64_t **shap
 }
 
 extern "C" std::vector<int64_t> Llama31NormInferShape(int *ndims, int64_t **shapes, mindspore::AotExtra *) {
-  return std::vector<int64_t>(shapes[0], shapes[0] + ndims[0]);
+  return FirstShape(ndims, shapes);
 }
 
 // x (..., E), weight (V, E) -> (..., V).
@@ -108,7 +110,7 @@ extern "C" int Llama31Linear(int nparam, void **params, int *ndims, int64_t **sh
 }
 
 extern "C" std::vector<int64_t> Llama31LinearInferShape(int *ndims, int64_t **shapes, mindspore::AotExtra *) {
-  std::vector<int64_t> shape(shapes[0], shapes[0] + ndims[0]);
+  std::vector<int64_t> shape = FirstShape(ndims, shapes);
   shape.back() = shapes[1][0];
   return shape;
 }
@@ -159,7 +161,7 @@ extern "C" int Llama31Embedding(int nparam, void **params, int *ndims, int64_t *
 }
 
 extern "C" std::vector<int64_t> Llama31EmbeddingInferShape(int *ndims, int64_t **shapes, mindspore::AotExtra *) {
-  std::vector<int64_t> shape(shapes[0], shapes[0] + ndims[0]);
+  std::vector<int64_t> shape = FirstShape(ndims, shapes);
   shape.push_back(shapes[1][1]);
   return shape;
 }
