@@ -13,8 +13,9 @@ from types import FrameType
 from typing import Any
 
 from llama31_core.checkpoint.staging import staged_file
-from llama31_core.commands.chat_session import ChatSession
+from llama31_core.commands.chat_session import ONE_ANSWER, ChatSession
 from llama31_core.commands.engine_options import add_engine_options, plan_engine
+from llama31_core.commands.interrupts import handled_by
 from llama31_core.commands.prompts import PromptEncoder
 from llama31_core.commands.sampling_options import add_sampling_options, given_options
 from llama31_core.config import ModelConfig
@@ -50,7 +51,7 @@ def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Talk until /exit or the end of the input."""
     options = given_options(arguments, DEFAULTS)
-    for name in ("n", "num_beams"):
+    for name in ONE_ANSWER:
         if options.pop(name, 1) != 1:
             raise RequestError(f"--{name} is 1 in a chat: there is one answer to each message")
     SamplingParams(**options)
@@ -162,11 +163,8 @@ def _stop_flag() -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: FrameType | None) -> None:
         stopped.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with handled_by(note, (signal.SIGINT,)):
         yield lambda: bool(stopped)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _reader(is_terminal: bool) -> Callable[[str], str]:

@@ -13,7 +13,7 @@ from llama31_core.inference.engine import Engine
 from llama31_core.inference.sampling_params import SamplingParams
 from llama31_tokenizer import StreamDecoder
 
-_ONE_ANSWER = ("n", "num_beams")
+ONE_ANSWER = ("n", "num_beams")  # parameters that would make several
 
 
 @dataclass
@@ -53,7 +53,7 @@ class ChatSession:
         name = name.strip()
         if not equals:
             raise RequestError(f"{assignment!r} is not of the form name=value")
-        if name in _ONE_ANSWER:
+        if name in ONE_ANSWER:
             raise RequestError(f"{name} is 1 in a chat: there is one answer to each message")
         changed = {**self.options, name: parse_option(name, text.strip())}
         SamplingParams(**changed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from llama31_core.commands.interrupts import importing_mindspore
@@ -91,8 +91,7 @@ def plan_engine(
         raise ConfigError("--lora gives one name to two adapters; give each its own")
     loaded = [read_adapter(path) for path in adapters.values()]
     slots = {"max_loras": len(loaded), "max_lora_rank": max(adapter.rank for adapter in loaded)} if loaded else {}
-    defaults = {field.name: field.default for field in fields(EngineOptions)}
-    options = EngineOptions(**{**defaults, **more, **slots, **given})
+    options = EngineOptions(**{**more, **slots, **given})
     plan = EnginePlan.make(config, options)
     _check_adapters(loaded, config, options)
     if arguments.draft_model is not None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama31_core.commands.batch import REJECTS_SUFFIX, Batch, run_batch
+from llama31_core.commands.batch import Batch, run_batch
 from llama31_core.commands.engine_options import EngineSetup, add_engine_options, plan_engine
 from llama31_core.commands.prompts import AnswerCollector, PromptEncoder, decode_answer
 from llama31_core.commands.records import Record, RecordReader
@@ -120,7 +120,8 @@ def predict_file(arguments: argparse.Namespace, setup: EngineSetup, encoder: Pro
     with batch.open_spool() as spool:
         num_records, rejects = batch.check()
         if rejects:
-            _warn(f"{len(rejects)} of {num_records + len(rejects)} lines are no requests, {_name(batch)} says why")
+            where = batch.rejects_path.name
+            _warn(f"{len(rejects)} of {num_records + len(rejects)} lines are no requests, {where} says why")
         if spool.done:
             _warn(f"{len(spool.done)} of {num_records} records were completed before; going on from there")
         figures = run_batch(batch, spool, setup.build(), encoder.tokenizer, num_records)
@@ -134,10 +135,6 @@ def predict_file(arguments: argparse.Namespace, setup: EngineSetup, encoder: Pro
     if figures.num_failed:
         _warn(f"{figures.num_failed} records could not be completed, their finish_reason is error")
     return int(figures.num_failed > 0)
-
-
-def _name(batch: Batch) -> str:
-    return batch.output.name + REJECTS_SUFFIX
 
 
 def _warn(text: str) -> None:

@@ -89,9 +89,9 @@ class Engine:
         *,
         max_seq_len: int | None = None,
         num_blocks: int | None = None,
-        block_size: int = 16,
-        max_batch_size: int = 16,
-        max_prefill_tokens: int = 512,
+        block_size: int = EngineOptions.block_size,
+        max_batch_size: int = EngineOptions.max_batch_size,
+        max_prefill_tokens: int = EngineOptions.max_prefill_tokens,
         draft_model_dir: str | Path | None = None,
     ) -> Engine:
         """An engine for a model directory.

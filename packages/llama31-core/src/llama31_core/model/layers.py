@@ -20,8 +20,6 @@ class Layers:
         param_dtype: of the matrices and the embedding; norms, which are small, are float32 in any case.
     """
 
-    param_dtype: ms.Type = ms.float32
-
     def __init__(self, param_dtype: ms.Type = ms.float32) -> None:
         self.param_dtype = param_dtype
 
