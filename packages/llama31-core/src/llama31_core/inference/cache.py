@@ -95,6 +95,7 @@ class SequenceCache:
         child.block_table = self.blocks.fork(parent.block_table)
         child.block_hashes = list(parent.block_hashes)
         child.num_cached = parent.num_cached
+        child.prompt_logprobs = parent.prompt_logprobs
 
     def computed(self, sequence: Sequence, num_tokens: int) -> None:
         """Note that the next `num_tokens` of a sequence are in the cache; blocks that they fill can be shared now."""

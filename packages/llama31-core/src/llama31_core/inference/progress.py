@@ -26,6 +26,7 @@ class Group:
     sequences: list[Sequence]
     search: BeamSearch | None = None
     open_indexes: set[int] = field(init=False)
+    prompt_logprobs: PromptLogprobs | None = None  # until they have been reported
 
     def __post_init__(self) -> None:
         self.open_indexes = set(range(self.request.params.n))
@@ -71,10 +72,9 @@ class Progress:
             SamplingError: they are not numbers, or every token is banned.
         """
         sequence, completes = row.sequence, row.completes
-        prompt_logprobs: PromptLogprobs | None = None
         if sequence.wants_prompt_logprobs:
             sequence.note_prompt(sequence.num_cached, logits_TV)
-            prompt_logprobs = sequence.prompt_logprobs
+            group.prompt_logprobs = sequence.prompt_logprobs
         self._scheduler.cache.computed(sequence, row.num_tokens)
         if not completes:
             return []
@@ -88,8 +88,9 @@ class Progress:
                 outputs.append(self._draw(branch, row.drafts, logits_TV, likeliest_T))
                 if outputs[-1].finish_reason is not None:
                     self.end(group, branch)
-        if prompt_logprobs is not None and outputs:
-            outputs[0] = replace(outputs[0], prompt_logprobs=prompt_logprobs)
+        if outputs and group.prompt_logprobs is not None:
+            outputs[0] = replace(outputs[0], prompt_logprobs=group.prompt_logprobs)
+            group.prompt_logprobs = None
         return outputs
 
     def end(self, group: Group, sequence: Sequence, *, failed: bool = False) -> None:

@@ -89,12 +89,15 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> list[Chunk]:
         """The work of the next step; empty if nothing is queued, or all that is waits for more to come."""
-        gathers = self.gathering_s(now_s) > 0
-        if not gathers:
+        admits = self.gathering_s(now_s) == 0
+        if admits:
             self._yield_to_more_urgent()
         budget = _Budget(self.max_prefill_tokens, self.max_prefill_batch_size)
+        preempted = self.num_preemptions
         chunks = [self._next_chunk(sequence, budget) for sequence in tuple(self.running)]
-        while not gathers and not budget.is_spent and (sequence := self._admit()) is not None:
+        # Nobody enters in a step in which blocks ran out: it could be one that has just made room.
+        admits = admits and self.num_preemptions == preempted
+        while admits and not budget.is_spent and (sequence := self._admit()) is not None:
             chunks.append(self._next_chunk(sequence, budget))
         # A sequence that has made room for another has no blocks any more.
         return [chunk for chunk in chunks if chunk is not None and chunk.sequence.block_table]
