@@ -41,6 +41,7 @@ PURE = [
     "llama31_core",
     "llama31_core.config",
     "llama31_core.precision",
+    "llama31_core.mindformers_config",
     "llama31_core.checkpoint",
     "llama31_core.inference.block_manager",
     "llama31_core.inference.draft_model",

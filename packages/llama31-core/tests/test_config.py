@@ -22,9 +22,56 @@ def test_parameter_counts_equal_transformers(name: str, tmp_path: Path) -> None:
     assert PRESETS[name].num_parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_published_parameter_counts() -> None:
-    assert ModelConfig.preset("llama3.1-8b").num_parameters == 8_030_261_248
-    assert ModelConfig.preset("llama3.1-70b").num_parameters == 70_553_706_496
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama3.1-8b", 8_030_261_248),
+        ("llama3.1-70b", 70_553_706_496),
+        ("llama3.1-405b", 405_853_388_800),  # 8 key-value heads
+        ("llama3.2-1b", 1_235_814_400),
+        ("llama3.2-3b", 3_212_749_824),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_published_parameter_counts(name: str, count: int) -> None:
+    assert ModelConfig.preset(name).num_parameters == count
+
+
+def test_every_preset_has_its_count_checked() -> None:
+    # tiny: 2 x 512 x 64, two layers of 64 x 16 x 12 + 3 x 64 x 160 + 2 x 64, and 64
+    assert ModelConfig.preset("tiny").num_parameters == 65_536 + 2 * (12_288 + 30_720 + 128) + 64
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_mindformers_form_round_trips(name: str, tmp_path: Path) -> None:
+    config = PRESETS[name]
+    values = json.loads(config.save_pretrained(tmp_path, form="mindformers").read_text())
+    assert (values["model_type"], values["num_layers"]) == ("llama", config.n_layers)
+    assert values["extend_method"] == ("LLAMA3" if config.rope_scaling else "None")
+    assert ModelConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_headz": 4}, "unknown key 'num_headz'; did you mean 'num_heads'"),
+        ({"qkv_has_bias": True}, "qkv_has_bias is True"),
+        ({"extend_method": "PI"}, "extend_method is 'PI'"),
+        ({"hidden_size": None}, "missing hidden_size"),
+    ],
+)
+def test_bad_mindformers_files_are_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = ModelConfig.preset("tiny").save_pretrained(tmp_path, form="mindformers")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+def test_a_head_width_that_mindformers_cannot_say_is_refused(tmp_path: Path) -> None:
+    config = ModelConfig(vocab_size=8, dim=64, n_layers=1, n_heads=4, n_kv_heads=4, head_dim=32, ffn_dim=8)
+    with pytest.raises(ConfigError, match="head_dim is 32"):
+        config.save_pretrained(tmp_path, form="mindformers")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,6 +1,7 @@
 """The architecture of a Llama model: HF `config.json`, a preset's name or keyword arguments in, `ModelConfig` out.
 
-Field names are those of Meta's reference (`dim`, `n_layers`, `n_kv_heads`); hf_config.py translates them.
+Field names are those of Meta's reference (`dim`, `n_layers`, `n_kv_heads`); hf_config.py and mindformers_config.py
+translate them.
 This module holds the architecture alone: sampling, paths and parallelism have configurations of their own.
 """
 
@@ -8,12 +9,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from llama31_core.errors import ConfigError
 from llama31_core.hf_config import fields_from_hf, hf_from_fields
+from llama31_core.mindformers_config import fields_from_mindformers, is_mindformers, mindformers_from_fields
 from llama31_core.validation import did_you_mean, first_problem
 
 
@@ -160,7 +162,7 @@ class ModelConfig(BaseModel):
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path) -> ModelConfig:
-        """The config of a model directory (its `config.json`)."""
+        """The config of a model directory: its `config.json`, in HF's form or MindFormers'."""
         path = Path(model_dir) / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -170,13 +172,21 @@ class ModelConfig(BaseModel):
             raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a JSON {type(values).__name__}, expected an object")
+        if is_mindformers(values):
+            return cls.build(str(path), **fields_from_mindformers(values, str(path)))
         return cls.from_hf(values, source=str(path))
 
-    def save_pretrained(self, model_dir: str | Path) -> Path:
-        """Write `config.json` in HF form into `model_dir` (made if absent) and return its path."""
+    def save_pretrained(self, model_dir: str | Path, form: Literal["hf", "mindformers"] = "hf") -> Path:
+        """Write `config.json` into `model_dir` (made if absent) and return its path.
+
+        Args:
+            model_dir: where to.
+            form: HF's, or that of MindFormers' LlamaConfig, which MindIE reads. `from_pretrained` takes both.
+        """
+        values = self.to_hf() if form == "hf" else mindformers_from_fields(self.model_dump())
         path = Path(model_dir) / "config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".json.part")
-        part.write_text(json.dumps(self.to_hf(), indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         part.replace(path)
         return path

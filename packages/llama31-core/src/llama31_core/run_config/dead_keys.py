@@ -1,26 +1,89 @@
-"""MindFormers' keys that mean nothing here, each with the reason."""
+"""MindFormers' keys that mean nothing here, each with the reason; a section's name covers all that is in it."""
 
-# MindFormers' keys that have no meaning here, by dotted name; a section's name covers all that is in it.
-DEAD_KEYS = {
+from collections.abc import Mapping
+
+_TOOL = "it was a MindFormers tool"
+_PROFILER = "it belongs to MindFormers' profiler"
+_FLOAT32 = "it is float32 always"
+_NO_EVALUATION = "there is no evaluation within a run"
+_DEVICE = "the device and MindSpore's defaults decide"
+_ONE = "there is one architecture"
+_PIPELINE = "it tuned MindFormers' pipeline"
+
+_ANY_RUN = {
     "src_strategy_path_or_dir": "a rank reads its slices of any checkpoint, so the source's layout is not asked for",
     "only_save_strategy": "layouts come from a table and need no saving",
     "trainer": "there is one trainer",
+    "context": _DEVICE,
+    "parallel.parallel_mode": "parallelism is explicit, a process per device",
+    "parallel.gradients_mean": "gradients are averaged over the tokens of all ranks",
+    "parallel.enable_alltoall": "parallelism is explicit, a process per device",
+    "parallel.full_batch": "every data parallel rank reads its own records",
+    "parallel.search_mode": "parallelism is explicit, a process per device",
+    "parallel.strategy_ckpt_save_file": "layouts come from a table and need no saving",
+    "parallel.parallel_optimizer_config": "optimiser state is split wherever it divides",
+    "parallel_config.gradient_aggregation_group": _PIPELINE,
+    "micro_batch_interleave_num": _PIPELINE,
+    "model.arch": _ONE,
+    "model.model_config.type": _ONE,
+    "model.model_config.batch_size": "it does not limit a batch here",
+    "model.model_config.use_past": "prediction keeps a cache, training does not",
+    "model.model_config.is_dynamic": "prediction compiles one graph of any shape",
+    "model.model_config.use_flash_attention": "the device decides",
+    "model.model_config.checkpoint_name_or_path": "load_checkpoint decides",
+    "model.model_config.layernorm_compute_type": _FLOAT32,
+    "model.model_config.softmax_compute_type": _FLOAT32,
+    "model.model_config.rotary_dtype": _FLOAT32,
+    "model.model_config.embedding_init_type": "param_init_type decides",
+    "model.model_config.fine_grain_interleave": _PIPELINE,
+    "eval_dataset": _NO_EVALUATION,
+    "eval_dataset_task": _NO_EVALUATION,
+    "eval_callbacks": _NO_EVALUATION,
+    "metric": _NO_EVALUATION,
+    "do_eval": _NO_EVALUATION,
+    "auto_tune": _TOOL,
+    "filepath_prefix": _TOOL,
+    "autotune_per_step": _TOOL,
+    "profile": _PROFILER,
+    "profile_start_step": _PROFILER,
+    "profile_stop_step": _PROFILER,
+    "init_start_profile": _PROFILER,
+    "profile_communication": _PROFILER,
+    "profile_memory": _PROFILER,
+    "layer_scale": "it belongs to vision models",
+    "layer_decay": "it belongs to vision models",
+    "lr_scale_factor": "the learning rate is what lr_schedule says",
+    "remote_save_url": "it was a cloud platform's",
+}
+
+TRAINING_DEAD_KEYS: Mapping[str, str] = _ANY_RUN | {
     "runner_config.sink_mode": "data is fed step by step",
     "runner_config.sink_size": "data is fed step by step",
     "train_dataset.python_multiprocessing": "records are ready-made and no Python runs per record",
     "train_dataset.batch_size": "runner_config.batch_size decides",
+    "train_dataset.repeat": "runner_config.epochs decides",
     "train_dataset.numa_enable": "the operating system places the workers",
     "train_dataset.prefetch_size": "MindSpore's default serves",
     "train_dataset_task": "it repeats train_dataset",
     "runner_wrapper.type": "there is one training step",
-    "model.arch": "there is one architecture",
-    "model.model_config.type": "there is one architecture",
-    "model.model_config.batch_size": "batches are as large as runner_config.batch_size says",
-    "model.model_config.use_past": "training keeps no cache",
-    "model.model_config.use_flash_attention": "the device decides",
-    "model.model_config.checkpoint_name_or_path": "load_checkpoint decides",
-    "auto_tune": "it was a MindFormers tool",
-    "filepath_prefix": "it was a MindFormers tool",
-    "autotune_per_step": "it was a MindFormers tool",
-    "remote_save_url": "it was a cloud platform's",
+    "runner_wrapper.scale_sense": "neither float32 nor bfloat16 needs a scaled loss",
+    "recompute_config": "activations are kept",
+    "callbacks": "every step is logged, and the model saved at the end",
+    "model.model_config.repetition_penalty": "training generates nothing",
+    "model.model_config.max_decode_length": "training generates nothing",
+    "model.model_config.top_k": "training generates nothing",
+    "model.model_config.top_p": "training generates nothing",
+    "model.model_config.do_sample": "training generates nothing",
+}
+
+PREDICT_DEAD_KEYS: Mapping[str, str] = _ANY_RUN | {
+    "runner_config": "prediction trains nothing",
+    "runner_wrapper": "prediction trains nothing",
+    "model.model_config.auto_map": "the tokenizer's file says what it is",
+    "processor.type": "the tokenizer's file says what it is",
+    "processor.return_tensors": "the engine takes token ids",
+    "processor.tokenizer.type": "the tokenizer's file says what it is",
+    "processor.tokenizer.auto_register": "the tokenizer's file says what it is",
+    "processor.tokenizer.pad_token": "nothing is padded",
+    "processor.tokenizer.model_max_length": "seq_length decides",
 }

@@ -1,29 +1,39 @@
-"""A YAML file and `section.key=value` overrides in, a typed `RunConfig` out."""
+"""A YAML file and `section.key=value` overrides in, a typed `RunConfig` or `PredictConfig` out."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from llama31_core.errors import ConfigError
-from llama31_core.run_config.dead_keys import DEAD_KEYS
-from llama31_core.run_config.run import RunConfig
+from llama31_core.run_config.dead_keys import PREDICT_DEAD_KEYS, TRAINING_DEAD_KEYS
+from llama31_core.run_config.run import AnyRunConfig, PredictConfig, RunConfig
 from llama31_core.validation import did_you_mean, first_problem
 
 _LOG = logging.getLogger(__name__)
+_Run = TypeVar("_Run", bound=AnyRunConfig)
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and put `section.key=value` overrides over it; the values are parsed as YAML.
+    """Read a YAML file that trains and put `section.key=value` overrides over it; the values are parsed as YAML.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key (the nearest known one is named), a value that does not fit.
     """
+    return _validated(RunConfig, _read(path, overrides), TRAINING_DEAD_KEYS, str(path))
+
+
+def load_predict_config(path: str | Path, overrides: Sequence[str] = ()) -> PredictConfig:
+    """The same for a YAML file that predicts."""
+    return _validated(PredictConfig, _read(path, overrides), PREDICT_DEAD_KEYS, str(path))
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     source = str(path)
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -35,11 +45,15 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         raise ConfigError(f"{source} holds {type(values).__name__}, expected sections with keys")
     for override in overrides:
         _override(values, override)
-    _drop_dead_keys(values, source)
-    for dotted, known in _unknown_keys(values, RunConfig):
+    return values
+
+
+def _validated(kind: type[_Run], values: dict[str, Any], dead_keys: Mapping[str, str], source: str) -> _Run:
+    _drop_dead_keys(values, dead_keys, source)
+    for dotted, known in _unknown_keys(values, kind):
         raise ConfigError(f"{source}: unknown key {dotted!r}; {did_you_mean(dotted.rpartition('.')[2], known)}")
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: {first_problem(error)}") from error
 
@@ -59,9 +73,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
 
 
-def _drop_dead_keys(values: dict[str, Any], source: str) -> None:
+def _drop_dead_keys(values: dict[str, Any], dead_keys: Mapping[str, str], source: str) -> None:
     found = []
-    for dotted, reason in DEAD_KEYS.items():
+    for dotted, reason in dead_keys.items():
         *sections, key = dotted.split(".")
         holder: Any = values
         for name in sections:

@@ -82,6 +82,11 @@ class Trainer:
             raise ConfigError(f"{source}: load_checkpoint is empty; set it to a model directory")
         if not run.train_dataset.data_loader.dataset_dir:
             raise ConfigError(f"{source}: train_dataset.data_loader.dataset_dir is empty; set it to MindRecord data")
+        if run.parallel.world_size != 1:
+            raise ConfigError(
+                f"{source}: parallel_config makes {run.parallel.world_size} ranks, this trains on one; "
+                f"set use_parallel=False"
+            )
         self._model_dir = Path(run.load_checkpoint)
         self._output_dir = Path(run.output_dir) / "model"
         self.config = ModelConfig.from_pretrained(self._model_dir)
