@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import subprocess
@@ -51,7 +52,14 @@ def model_dir(tokenizer_dir: Path, tmp_path: Path) -> Path:
     """Looks like a model directory, but its weights cannot be read."""
     for file in tokenizer_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_text("{}")
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 259,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     return tmp_path
 
@@ -95,6 +103,8 @@ def test_start_with_the_port_taken(capsys: pytest.CaptureFixture[str], model_dir
         (("--host", "no-such-host.invalid"), "cannot listen on no-such-host.invalid:50051: "),
         (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1:50051: Cannot assign requested address"),
         (("--max_running", "0"), "--max_running is 0"),
+        (("--max_seq_len", "100000"), "max_seq_len is 100000, allowed is 1 to"),
+        (("--block_size", "0"), "block_size is 0, allowed is an integer >= 1"),
         (("--drain_timeout_s", "-1"), "--drain_timeout_s is -1"),
     ],
 )

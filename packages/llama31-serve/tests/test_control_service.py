@@ -13,6 +13,7 @@ from llama31_serve import ControlClient, RpcError, UnavailableError
 from llama31_serve.cli import main
 from llama31_serve.server.echo_engine import EchoEngine
 from llama31_serve.server.listener import Security
+from llama31_serve.server.token_auth import Token
 from llama31_serve.stubs import control_pb2 as pb
 from llama31_serve.stubs.control_pb2_grpc import ControlServiceStub
 
@@ -85,7 +86,7 @@ async def test_control_is_not_where_callers_come_in(serve: Serve) -> None:
 
 
 async def test_control_needs_the_token_too(serve: Serve) -> None:
-    security = Security(tokens=(b"secret",))
+    security = Security(tokens=(Token(b"secret"),))
     async with serve(security=security, control_port=0, client_options={"token": "secret"}) as running:
         address = running.server.control.address
         with ControlClient(address) as stranger, pytest.raises(RpcError, match="UNAUTHENTICATED"):

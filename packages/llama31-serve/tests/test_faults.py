@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from llama31_serve import AsyncClient, CancelledError, DeadlineError
 from llama31_serve.server.echo_engine import EchoEngine
-from llama31_serve.server.job import Inbox, TextStream
+from llama31_serve.server.generation_request import Limits
+from llama31_serve.server.job import Inbox, StepText, TextStream
 from llama31_serve.server.refusal import Refusal
 from llama31_serve.server.stop_strings import StopStringMatcher
 from llama31_serve.server.text import TextModel
-from llama31_serve.server.validation import Limits, read_chat, read_generate
+from llama31_serve.server.validation import read_chat, read_generate
 from llama31_serve.stubs import inference_pb2 as pb
 
 Serve = Any
@@ -127,7 +128,7 @@ async def test_what_waits_for_a_reader_is_one_update_per_completion(text_model: 
     streams = [TextStream(index, text_model.stream_decoder(True), StopStringMatcher(())) for index in range(3)]
     for step in range(1000):
         for stream in streams:
-            inbox.put(stream.push([97], "length" if step == 999 else None), float(step))
+            inbox.put(stream.push(StepText([97], "length" if step == 999 else None)), float(step))
     updates = await inbox.take()
     assert [(u.completion_index, u.text, len(u.token_ids)) for u in updates] == [
         (i, "a" * 1000, 1000) for i in range(3)

@@ -93,10 +93,10 @@ async def test_reflection_lists_and_describes_the_services(serve: Serve) -> None
         names, methods = await asyncio.to_thread(services, running.server.address)
         control_names, control_methods = await asyncio.to_thread(services, running.server.control.address)
     common = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-    assert names == common | {"llama31.inference.v1.InferenceService"}
+    assert names == common | {"llama31.inference.v1.InferenceService", "fmaas.GenerationService"}
     assert control_names == common | {"llama31.inference.v1.ControlService"}
     assert {"Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize", "Detokenize", "GetModelInfo"} == methods
-    assert control_methods == {"GetServerInfo", "Abort", "Drain"}
+    assert control_methods == {"GetServerInfo", "Abort", "Drain", "LoadAdapter", "UnloadAdapter", "ListAdapters"}
 
 
 async def test_health_of_each_service(serve: Serve) -> None:

@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
-from llama31_serve.stubs import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from llama31_serve.stubs import (
+    control_pb2,
+    control_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+)
 
 PROTO_ROOT = Path(__file__).resolve().parents[1] / "proto"
-MODULES = ((control_pb2, control_pb2_grpc), (inference_pb2, inference_pb2_grpc))
+MODULES = ((control_pb2, control_pb2_grpc), (inference_pb2, inference_pb2_grpc), (generation_pb2, generation_pb2_grpc))
 
 
 def test_committed_stubs_describe_the_proto(tmp_path: Path) -> None:
@@ -31,7 +38,9 @@ def test_committed_stubs_describe_the_proto(tmp_path: Path) -> None:
     assert committed.keys() == current.keys()
     for name, file in committed.items():
         for described in (file, current[name]):  # what protoc adds only for JSON is not in the stubs
-            for message in described.message_type:
+            messages = list(described.message_type)
+            for message in messages:
+                messages += message.nested_type
                 for field in message.field:
                     field.ClearField("json_name")
         assert file == current[name], f"{name} has changed: run tools/generate_stubs"
@@ -49,6 +58,16 @@ def test_buf_lint() -> None:
     if buf is None:
         pytest.skip("buf-bin is not installed")
     result = subprocess.run([buf, "lint", str(PROTO_ROOT)], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_buf_breaking() -> None:
+    """Nothing that clients were built against has gone or changed its meaning."""
+    buf = shutil.which("buf", path=str(Path(sys.executable).parent)) or shutil.which("buf")
+    if buf is None:
+        pytest.skip("buf-bin is not installed")
+    command = [buf, "breaking", str(PROTO_ROOT), "--against", str(PROTO_ROOT / "baseline.binpb")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "")
 
 

@@ -18,7 +18,7 @@ from llama31_serve import AsyncClient, AuthenticationError, Client, RpcError, Tl
 from llama31_serve.errors import StartError
 from llama31_serve.server.listener import Security
 from llama31_serve.server.tls import ServerTls
-from llama31_serve.server.token_auth import load_tokens
+from llama31_serve.server.token_auth import Token, load_tokens
 
 Serve = Any
 
@@ -116,7 +116,7 @@ async def test_protocols_before_tls_1_2_are_refused(serve: Serve, files: Files) 
 
 
 async def test_bearer_tokens(serve: Serve) -> None:
-    security = Security(tokens=(b"old-token", b"new-token"))
+    security = Security(tokens=(Token(b"old-token"), Token(b"new-token")))
     async with serve(security=security, client_options={"token": "new-token"}) as running:
         address = running.server.address
         assert (await running.client.generate("ab", max_tokens=2)).text == "ab"
@@ -156,8 +156,8 @@ def test_token_file(tmp_path: Path) -> None:
     path.write_text(" \n\n")
     with pytest.raises(StartError, match="holds no token"):
         load_tokens(path)
-    path.write_text("one\n two \n")
-    assert load_tokens(path) == (b"one", b"two")
+    path.write_text("one\n team b two \n")
+    assert load_tokens(path) == (Token(b"one"), Token(b"two", "team b"))
 
 
 def test_client_certificate_and_key_belong_together(files: Files) -> None:

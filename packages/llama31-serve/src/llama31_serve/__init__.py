@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from llama31_serve.aio_client import AsyncClient, AsyncTextStream
 from llama31_serve.channel import Tls
 from llama31_serve.client import Client, TextStream
-from llama31_serve.control import ControlClient, OpenRequest, ServerInfo
+from llama31_serve.control import Adapter, ControlClient, OpenRequest, ServerInfo
 from llama31_serve.errors import (
     AuthenticationError,
     CancelledError,
@@ -18,9 +18,19 @@ from llama31_serve.errors import (
     UnavailableError,
 )
 from llama31_serve.requests import Options
-from llama31_serve.results import Chunk, Completion, FinishReason, GenerateResult, ModelInfo, Timings, Usage
+from llama31_serve.results import (
+    Chunk,
+    Completion,
+    FinishReason,
+    GenerateResult,
+    ModelInfo,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
 
 __all__ = [
+    "Adapter",
     "AsyncClient",
     "AsyncTextStream",
     "AuthenticationError",
@@ -44,6 +54,7 @@ __all__ = [
     "TextStream",
     "Timings",
     "Tls",
+    "TokenLogprobs",
     "UnavailableError",
     "Usage",
 ]

@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("start", start.add_arguments, start.run, "serve a model directory"),
         ("generate", ask.add_generate_arguments, ask.run_generate, "continue a text"),
         ("chat", ask.add_chat_arguments, ask.run_chat, "ask one question, or talk"),
-        ("control", control.add_arguments, control.run, "operate a server: info, abort REQUEST_ID, drain"),
+        ("control", control.add_arguments, control.run, "operate a server: info, abort, drain, adapters"),
         ("health", health.add_arguments, health.run, "exit 0 if the server is serving, 1 if not"),
     ):
         command = commands.add_parser(name, help=text, description=text)

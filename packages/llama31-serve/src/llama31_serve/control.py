@@ -34,6 +34,14 @@ class OpenRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter that requests can ask for, and the directory it came from."""
+
+    name: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What a server does now, and what it has done since `start_time`."""
 
@@ -96,6 +104,24 @@ class ControlClient:
         with our_errors():
             response = self._stub.Drain(pb.DrainRequest(), **self._call_options)
         return int(response.remaining_completions)
+
+    def load_adapter(self, name: str, directory: str) -> Adapter:
+        """Load a LoRA adapter from a directory of the server's machine."""
+        with our_errors():
+            request = pb.LoadAdapterRequest(name=name, directory=directory)
+            response = self._stub.LoadAdapter(request, **self._call_options)
+        return Adapter(response.adapter.name, response.adapter.source)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises RpcError: NOT_FOUND, or FAILED_PRECONDITION while requests use it."""
+        with our_errors():
+            self._stub.UnloadAdapter(pb.UnloadAdapterRequest(name=name), **self._call_options)
+
+    def list_adapters(self) -> list[Adapter]:
+        """The adapters that requests can ask for."""
+        with our_errors():
+            response = self._stub.ListAdapters(pb.ListAdaptersRequest(), **self._call_options)
+        return [Adapter(adapter.name, adapter.source) for adapter in response.adapters]
 
 
 def _server_info(response: pb.GetServerInfoResponse) -> ServerInfo:

@@ -37,13 +37,23 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log-probability of a token (None for a prompt's first) and of the likeliest ones in its place."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """One finished completion. `stop_string` is the one that was met, else empty."""
+    """One finished completion. `stop_string` is the one that was met, else empty; `logprobs` if they were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stop_string: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,7 @@ class GenerateResult:
     completions: tuple[Completion, ...]
     usage: Usage
     timings: Timings
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def text(self) -> str:
@@ -73,6 +84,7 @@ class Chunk:
     text: str
     token_ids: tuple[int, ...]
     completion_index: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +103,14 @@ class ModelInfo:
 
 def result_of_generate(response: pb.GenerateResponse) -> GenerateResult:
     """The answer of Generate."""
-    completions = tuple(_completion(c.text, c.token_ids, c.finish) for c in response.completions)
-    return GenerateResult(
-        response.prompt.request_id, completions, usage_of(response.usage), timings_of(response.timings)
-    )
+    completions = tuple(_completion(c.text, c) for c in response.completions)
+    return _result(response, completions)
 
 
 def result_of_chat(response: pb.ChatResponse) -> GenerateResult:
     """The answer of Chat."""
-    completions = tuple(_completion(c.message.content, c.token_ids, c.finish) for c in response.completions)
-    return GenerateResult(
-        response.prompt.request_id, completions, usage_of(response.usage), timings_of(response.timings)
-    )
+    completions = tuple(_completion(c.message.content, c) for c in response.completions)
+    return _result(response, completions)
 
 
 def model_info_of(response: pb.GetModelInfoResponse) -> ModelInfo:
@@ -139,5 +147,28 @@ def finish_reason_of(reason: int) -> FinishReason:
     return _REASONS.get(reason, "unknown")
 
 
-def _completion(text: str, token_ids: Iterable[int], finish: pb.Finish) -> Completion:
-    return Completion(text, tuple(token_ids), finish_reason_of(finish.reason), finish.stop_string)
+def logprobs_of(reports: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    """Reports on tokens."""
+    return tuple(
+        TokenLogprobs(
+            report.token_id,
+            report.logprob if report.HasField("logprob") else None,
+            tuple((other.token_id, other.logprob) for other in report.top),
+        )
+        for report in reports
+    )
+
+
+def _completion(text: str, made: pb.Completion | pb.ChatCompletion) -> Completion:
+    reason = finish_reason_of(made.finish.reason)
+    return Completion(text, tuple(made.token_ids), reason, made.finish.stop_string, logprobs_of(made.logprobs))
+
+
+def _result(response: pb.GenerateResponse | pb.ChatResponse, completions: tuple[Completion, ...]) -> GenerateResult:
+    return GenerateResult(
+        response.prompt.request_id,
+        completions,
+        usage_of(response.usage),
+        timings_of(response.timings),
+        logprobs_of(response.prompt_logprobs),
+    )

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from llama31_serve.results import Chunk, Completion, GenerateResult, finish_reason_of, timings_of, usage_of
+from llama31_serve.results import (
+    Chunk,
+    Completion,
+    GenerateResult,
+    TokenLogprobs,
+    finish_reason_of,
+    logprobs_of,
+    timings_of,
+    usage_of,
+)
 from llama31_serve.stubs import inference_pb2 as pb
 
 
@@ -15,6 +24,8 @@ class StreamState:
         self.result: GenerateResult | None = None
         self._texts: dict[int, list[str]] = {}
         self._token_ids: dict[int, list[int]] = {}
+        self._logprobs: dict[int, list[TokenLogprobs]] = {}
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self._finishes: dict[int, pb.Finish] = {}
 
     def take(self, response: pb.GenerateStreamResponse | pb.ChatStreamResponse) -> Chunk | None:
@@ -24,7 +35,10 @@ class StreamState:
             self.request_id = response.prompt.request_id
             self.prompt_tokens = response.prompt.prompt_tokens
         elif event == "delta":
-            chunk = Chunk(response.delta.text, tuple(response.delta.token_ids), index)
+            logprobs = logprobs_of(response.delta.logprobs)
+            chunk = Chunk(response.delta.text, tuple(response.delta.token_ids), index, logprobs)
+            self._logprobs.setdefault(index, []).extend(logprobs)
+            self._prompt_logprobs += logprobs_of(response.delta.prompt_logprobs)
             self._texts.setdefault(index, []).append(chunk.text)
             self._token_ids.setdefault(index, []).extend(chunk.token_ids)
             return chunk
@@ -41,7 +55,9 @@ class StreamState:
                 tuple(self._token_ids.get(index, ())),
                 finish_reason_of(self._finishes[index].reason),
                 self._finishes[index].stop_string,
+                tuple(self._logprobs.get(index, ())),
             )
             for index in sorted(self._finishes)
         )
-        return GenerateResult(self.request_id, completions, usage_of(last.usage), timings_of(last.timings))
+        usage, timings = usage_of(last.usage), timings_of(last.timings)
+        return GenerateResult(self.request_id, completions, usage, timings, self._prompt_logprobs)

@@ -87,8 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
         block_size=arguments.block_size,
     )
     check_model_dir(arguments.model)
+    plan = core_engine.plan_engine(arguments.model, engine_options)  # what cannot work is said before weights load
     load_text = functools.partial(model_text.load_text, arguments.model)
-    load_engine = functools.partial(core_engine.load_engine, arguments.model, engine_options)
+    load_engine = functools.partial(core_engine.load_engine, plan, arguments.model)
 
     async def main() -> int:
         return await serve_until_signal(Server(options, load_text, load_engine, security))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from types import TracebackType
 
 import grpc
 
+from llama31_serve.server.caller import ANONYMOUS
 from llama31_serve.server.refusal import Refusal
 
 QUEUED_PER_RUNNING = 2
@@ -18,9 +19,10 @@ RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 0.1, 30.0
 class Place:
     """A request's place in the server, `size` completions large. Leaving the `with` block frees it."""
 
-    def __init__(self, admission: Admission, size: int) -> None:
+    def __init__(self, admission: Admission, size: int, tenant: str) -> None:
         self._admission = admission
         self.size = size
+        self.tenant = tenant
         self.started_s: float | None = None
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -47,7 +49,10 @@ class Place:
 class Admission:
     """Counts completions. Used on the event loop alone."""
 
-    def __init__(self, max_running: int) -> None:
+    def __init__(self, max_running: int, max_per_tenant: int | None = None) -> None:
+        """`max_per_tenant` completions of one tenant may run or wait; None is no limit of its own."""
+        self.max_per_tenant = max_per_tenant
+        self._held_by: Counter[str] = Counter()
         self.max_running = max_running
         self.max_held = max_running * (1 + QUEUED_PER_RUNNING)
         self.num_running = 0
@@ -58,19 +63,26 @@ class Admission:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def reserve(self, size: int) -> Place:
+    def reserve(self, size: int, tenant: str = ANONYMOUS) -> Place:
         """A place for `size` completions. Raises Refusal (RESOURCE_EXHAUSTED with RetryInfo) if the server is full."""
         if self.num_held + size > self.max_held:
-            self.num_refused += 1
-            retry_after_s = min(max(self._mean_run_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)
-            message = (
+            raise self._refusal(
                 f"the server is full: it holds {self.num_held} completions of at most {self.max_held} "
-                f"({self.max_running} running); try again in {retry_after_s:.1f} s"
+                f"({self.max_running} running)"
             )
-            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=retry_after_s)
+        held = self._held_by[tenant]
+        if self.max_per_tenant is not None and held + size > self.max_per_tenant:
+            raise self._refusal(f"{tenant} has {held} completions here, of at most {self.max_per_tenant}")
         self.num_held += size
+        self._held_by[tenant] += size
         self._empty.clear()
-        return Place(self, size)
+        return Place(self, size, tenant)
+
+    def _refusal(self, message: str) -> Refusal:
+        self.num_refused += 1
+        retry_after_s = min(max(self._mean_run_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)
+        message = f"{message}; try again in {retry_after_s:.1f} s"
+        return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=retry_after_s)
 
     def queue(self, place: Place) -> None:
         """Give a place its turn as soon as those before it have had theirs."""
@@ -80,6 +92,9 @@ class Admission:
     def leave(self, place: Place) -> None:
         """See Place."""
         self.num_held -= place.size
+        self._held_by[place.tenant] -= place.size
+        if not self._held_by[place.tenant]:
+            del self._held_by[place.tenant]
         if place.started_s is not None:
             self.num_running -= place.size
             self._mean_run_s += 0.1 * (time.monotonic() - place.started_s - self._mean_run_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -17,22 +17,25 @@ from llama31_serve.server.control_service import Controlled, ControlService
 from llama31_serve.server.detokenizer import Detokenizer
 from llama31_serve.server.engine import Engine
 from llama31_serve.server.engine_thread import EngineThread, JobOutput
+from llama31_serve.server.fmaas_service import FmaasService
+from llama31_serve.server.generation_request import Limits
 from llama31_serve.server.generator import Generator
-from llama31_serve.server.inference_service import InferenceService, ServingModel
+from llama31_serve.server.inference_service import InferenceService, ModelHolder, ServingModel
 from llama31_serve.server.lifecycle import Lifecycle, State
 from llama31_serve.server.listener import Listener, Security
+from llama31_serve.server.observer import Observer, Observers
 from llama31_serve.server.open_requests import OpenRequests
 from llama31_serve.server.options import ServerOptions
 from llama31_serve.server.refusal import Refusal
 from llama31_serve.server.registration import add_servicer
 from llama31_serve.server.text import TextModel, TextWorker
-from llama31_serve.server.validation import Limits
-from llama31_serve.stubs import control_pb2
+from llama31_serve.stubs import control_pb2, generation_pb2
 from llama31_serve.stubs import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"]
+FMAAS_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 CONTROL_SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"]
 LOADING_END_S, STEP_END_S = 2.0, 30.0
 
@@ -50,11 +53,13 @@ class Server:
         load_text: Callable[[], TextModel],
         load_engine: Callable[[], Engine],
         security: Security | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         security = security or Security()
         self.options = options
         self.lifecycle = Lifecycle(self._set_health)
-        self.admission = Admission(options.max_running)
+        self.observer = Observers(observers)
+        self.admission = Admission(options.max_running, options.max_per_tenant)
         self.requests = OpenRequests()
         self.engine = EngineThread(load_engine, self._emit, self._engine_broke)
         self.drain_requested = asyncio.Event()
@@ -68,7 +73,7 @@ class Server:
         self._text: TextWorker | None = None
         self._detokenizer: Detokenizer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._service = InferenceService(self.lifecycle)
+        self.holder = ModelHolder(self.lifecycle)
 
     @property
     def address(self) -> str:
@@ -78,29 +83,38 @@ class Server:
     async def start(self) -> None:
         """Listen and say NOT_SERVING; nothing of the model is read yet. Raises StartError if a port can't be had."""
         await self._set_health(False)
-        self._add_services(self.listener, SERVICE, self._service)
+        services = {
+            SERVICE: InferenceService(self.holder, self.observer),
+            FMAAS_SERVICE: FmaasService(self.holder, self.observer),
+        }
+        self._add_services(self.listener, services)
         await self.listener.start()
         if self.control is not None:
-            self._add_services(self.control, CONTROL_SERVICE, self._control_service())
+            self._add_services(self.control, {CONTROL_SERVICE: self._control_service()})
             await self._health.set(CONTROL_SERVICE.full_name, health_pb2.HealthCheckResponse.SERVING)  # draining or not
             await self.control.start()
 
     async def load(self) -> None:
         """Read the tokenizer, then the engine on its own thread, warm it up, and begin to serve."""
         model = await self._loop.run_in_executor(None, self._load_text)
-        text = self._text = TextWorker(model, allow_special_tokens=self.options.allow_special_tokens)
         self._detokenizer = Detokenizer(self._loop, self.engine.abort)
         self._detokenizer.start()
         self.engine.start()
         engine = await asyncio.wrap_future(self.engine.ready)
+        allow = self.options.allow_special_tokens
+        text = self._text = TextWorker(model, engine.compile_grammar, allow_special_tokens=allow)
         limits = Limits(
             vocab_size=engine.vocab_size,
             max_seq_len=engine.max_seq_len,
             default_max_tokens=self.options.default_max_tokens,
             max_running=self.options.max_running,
+            max_prompt_tokens=self.options.max_prompt_tokens,
+            max_new_tokens=self.options.max_new_tokens,
+            truncate_prompts=self.options.truncate_prompts,
         )
-        generator = Generator(self.lifecycle, self.admission, self.requests, text, self.engine, limits)
-        self._service.model = ServingModel(generator, text, self._model_info(engine, text.model))
+        parts = (self.lifecycle, self.admission, self.requests, text, self.engine, limits, self.observer)
+        generator = Generator(*parts)
+        self.holder.model = ServingModel(generator, text, self._model_info(engine, text.model))
         await self.lifecycle.enter(State.SERVING)
 
     async def wait_broken(self) -> None:
@@ -140,15 +154,16 @@ class Server:
             await in_thread(None, self._text.close)
         return ended
 
-    def _add_services(self, listener: Listener, service: ServiceDescriptor, servicer: object) -> None:
-        add_servicer(listener.grpc, service, servicer)
+    def _add_services(self, listener: Listener, services: Mapping[ServiceDescriptor, object]) -> None:
+        for service, servicer in services.items():
+            add_servicer(listener.grpc, service, servicer)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.grpc)
-        names = (service.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*(service.full_name for service in services), health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, listener.grpc)
 
     def _control_service(self) -> ControlService:
         def generator() -> Generator | None:
-            return None if self._service.model is None else self._service.model.generator
+            return None if self.holder.model is None else self.holder.model.generator
 
         parts = Controlled(
             model_name=self.options.model_name,
@@ -156,9 +171,10 @@ class Server:
             admission=self.admission,
             requests=self.requests,
             generator=generator,
+            engine=self.engine,
             request_drain=self.drain_requested.set,
         )
-        return ControlService(parts)
+        return ControlService(parts, self.observer)
 
     def _engine_broke(self) -> None:
         self._loop.call_soon_threadsafe(self._broken.set)
@@ -169,7 +185,7 @@ class Server:
 
     async def _set_health(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE.full_name):
+        for service in ("", SERVICE.full_name, FMAAS_SERVICE.full_name):
             await self._health.set(service, status)
 
     def _model_info(self, engine: Engine, text: TextModel) -> pb.GetModelInfoResponse:

@@ -58,12 +58,12 @@ class Detokenizer:
         if output.failure is not None:
             return job.text.fail(output.failure)
         try:
-            update = job.text.push(output.token_ids, output.finish)
+            update = job.text.push(output.made)
         except Exception as error:  # a token id the vocabulary does not have ends this job alone
             logger.exception("cannot detokenise request %s", job.engine_id)
             self._abort(job.engine_id)
             return job.text.fail(error)
-        if update.finished is not None and output.finish is None:
+        if update.finished is not None and output.made.finish is None:
             self._abort(job.engine_id)
         return update
 

@@ -9,12 +9,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from llama31_serve.server.engine import Engine, EngineFinish
-from llama31_serve.server.job import Job
+from llama31_serve.server.engine import Engine, EngineStats
+from llama31_serve.server.job import NOTHING, Job, StepText
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,14 @@ class JobOutput:
     """What a step made for one job, or the error that ended it."""
 
     job: Job
-    token_ids: Sequence[int] = ()
-    finish: EngineFinish | None = None
+    made: StepText = NOTHING
     failure: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    function: Callable[[Engine], Any]
+    answer: Future[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,10 @@ class _Abort:
 
 
 Emit = Callable[[list[JobOutput], float], None]
-MAX_CONSECUTIVE_FAILURES = 3
+MAX_FAILED_STEPS = 3
+MAX_FAILED_PASSES = 12  # of an engine that survives them: a bad request fails one or two, then others succeed
+STATS_PERIOD_S = 0.1
+Answer = TypeVar("Answer")
 
 
 class EngineThread:
@@ -56,11 +65,13 @@ class EngineThread:
         self._load = load
         self._emit = emit
         self._on_broken = on_broken
-        self._commands: queue.SimpleQueue[Job | _Abort | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Job | _Abort | _Call | None] = queue.SimpleQueue()
         self._jobs: dict[str, Job] = {}
         self._thread = threading.Thread(target=self._run, name="llama31-engine", daemon=True)
         self.ready: Future[Engine] = Future()
         self._consecutive_failures = 0
+        self._stats_s = 0.0
+        self.stats = EngineStats()
 
     def start(self) -> None:
         """Begin to load the engine; `ready` resolves to it after the warm-up, or to what went wrong."""
@@ -73,6 +84,12 @@ class EngineThread:
     def abort(self, engine_id: str, *, tell: bool = False) -> None:
         """Forget a job before the next step. With `tell` its last output says "abort", else it has no more outputs."""
         self._commands.put(_Abort(engine_id, tell))
+
+    def call(self, function: Callable[[Engine], Answer]) -> Future[Answer]:
+        """Do something with the engine between two steps; the future has what it returned or raised."""
+        answer: Future[Answer] = Future()
+        self._commands.put(_Call(function, answer))
+        return answer
 
     def stop(self) -> None:
         """End the thread after the step it is in; jobs that are left are aborted."""
@@ -97,30 +114,44 @@ class EngineThread:
         except BaseException as error:  # noqa: BLE001  whatever it is, whoever waits for `ready` has to hear of it
             self.ready.set_exception(error)
             return
+        self.stats = engine.stats()
         self.ready.set_result(engine)
+        broken = False
         while self._obey(engine):
             if engine.has_unfinished():
                 self._step(engine)
-                if self._consecutive_failures == MAX_CONSECUTIVE_FAILURES:
-                    self._on_broken()
+            self._note_stats(engine)
+            passes = self.stats.num_failed_passes_in_a_row
+            if not broken and (self._consecutive_failures >= MAX_FAILED_STEPS or passes >= MAX_FAILED_PASSES):
+                broken = True
+                self._on_broken()
         for engine_id in tuple(self._jobs):
             self._forget(engine, engine_id, tell=True)
 
     def _obey(self, engine: Engine) -> bool:
-        """Carry out every command that waits; with an idle engine wait for one. False: stop."""
-        idle = not engine.has_unfinished()
+        """Carry out every command that waits; while the engine has nothing to do, wait for one. False: stop."""
+        wait_s: float | None = engine.gathering_s() if engine.has_unfinished() else None
         while True:
             try:
-                command = self._commands.get(block=idle)
+                command = self._commands.get(block=wait_s != 0, timeout=wait_s or None)
             except queue.Empty:
                 return True
-            idle = False
+            wait_s = 0.0
             if command is None:
                 return False
             if isinstance(command, Job):
                 self._add(engine, command)
+            elif isinstance(command, _Call):
+                _answer(engine, command)
             else:
                 self._forget(engine, command.engine_id, tell=command.tell)
+
+    def _note_stats(self, engine: Engine) -> None:
+        """Now and then while it works, and always before it rests."""
+        now_s = time.monotonic()
+        if now_s - self._stats_s >= STATS_PERIOD_S or not engine.has_unfinished():
+            self._stats_s = now_s
+            self.stats = engine.stats()
 
     def _add(self, engine: Engine, job: Job) -> None:
         job.started_s = time.monotonic()
@@ -140,7 +171,7 @@ class EngineThread:
         except Exception:
             logger.exception("the engine failed to abort request %s", engine_id)
         if tell:
-            self._emit([JobOutput(job, finish="abort")], time.monotonic())
+            self._emit([JobOutput(job, StepText(finish="abort"))], time.monotonic())
 
     def _step(self, engine: Engine) -> None:
         try:
@@ -164,7 +195,8 @@ class EngineThread:
                 logger.error("request %s failed in the engine: %s", output.request_id, output.error)
                 made.append(JobOutput(job, failure=EngineFailedError("the engine failed on this request")))
             else:
-                made.append(JobOutput(job, output.token_ids, output.finish_reason))
+                text = StepText(output.token_ids, output.finish_reason, output.logprobs, output.prompt_logprobs)
+                made.append(JobOutput(job, text))
         if made:
             self._emit(made, now_s)
 
@@ -175,3 +207,12 @@ class EngineThread:
         for job in jobs:
             self._forget(engine, job.engine_id, tell=False)
         self._emit([JobOutput(job, failure=failure) for job in jobs], time.monotonic())
+
+
+def _answer(engine: Engine, call: _Call) -> None:
+    if not call.answer.set_running_or_notify_cancel():
+        return
+    try:
+        call.answer.set_result(call.function(engine))
+    except Exception as error:  # noqa: BLE001  it belongs to whoever asked
+        call.answer.set_exception(error)

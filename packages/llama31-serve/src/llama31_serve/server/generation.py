@@ -6,13 +6,17 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 
 from llama31_serve.errors import FieldViolation
-from llama31_serve.server.engine import RequestRejectedError
-from llama31_serve.server.job import Inbox, Job, Update
+from llama31_serve.server.engine import RequestRejectedError, UnknownAdapterError
+from llama31_serve.server.job import Finished, Inbox, Job, Update
 from llama31_serve.server.refusal import Refusal, invalid
+
+if TYPE_CHECKING:
+    from llama31_serve.server.observer import RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +33,12 @@ class Generation:
     """One running request of n completions. Used on the event loop alone."""
 
     def __init__(
-        self, request_id: str, num_prompt_tokens: int, jobs: Sequence[Job], inbox: Inbox, arrived_s: float
+        self, request_id: str, prompt_ids: Sequence[int], jobs: Sequence[Job], inbox: Inbox, arrived_s: float
     ) -> None:
         self.request_id = request_id
-        self.num_prompt_tokens = num_prompt_tokens
+        self.prompt_ids = prompt_ids
+        self.timed_out = False
+        self.finishes: dict[int, Finished] = {}
         self.num_completion_tokens = 0
         self.jobs = jobs
         self.unfinished = {job_index for job_index, _ in enumerate(jobs)}
@@ -54,12 +60,24 @@ class Generation:
             raise _refusal_of(update.failure) from update.failure
         if update.finished is not None:
             self.unfinished.discard(update.completion_index)
+            self.finishes[update.completion_index] = update.finished
             self.num_completion_tokens += update.finished.completion_tokens
         return update
 
     def fail(self, failure: Exception) -> None:
         """End the request with an error."""
         self._inbox.put(Update(0, failure=failure), time.monotonic())
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt in tokens."""
+        return len(self.prompt_ids)
+
+    def describe(self, record: RequestRecord) -> None:
+        """Note how far it came."""
+        record.completion_tokens = self.num_tokens_made
+        record.finish_reasons = [self.finishes[index].reason for index in sorted(self.finishes)]
+        record.durations = self.durations()
 
     @property
     def num_tokens_made(self) -> int:
@@ -78,6 +96,8 @@ class Generation:
 def _refusal_of(failure: Exception) -> Refusal:
     if isinstance(failure, Refusal):
         return failure
+    if isinstance(failure, UnknownAdapterError):
+        return Refusal(grpc.StatusCode.NOT_FOUND, f"{failure}; load it first, or ask for none")
     if isinstance(failure, RequestRejectedError):
         return invalid([FieldViolation("request", str(failure))])
     return Refusal(grpc.StatusCode.INTERNAL, f"the engine failed on this request ({type(failure).__name__})")

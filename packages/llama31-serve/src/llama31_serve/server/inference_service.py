@@ -3,25 +3,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
 from llama31_serve.errors import FieldViolation
+from llama31_serve.server.engine import TokenLogprobs
 from llama31_serve.server.generation import Generation
+from llama31_serve.server.generation_request import GenerationRequest, message_violations, token_id_violations
 from llama31_serve.server.generator import Generator
 from llama31_serve.server.job import Finished, FinishReason, Update
 from llama31_serve.server.lifecycle import Lifecycle
-from llama31_serve.server.refusal import Context, answers_refusals, invalid
+from llama31_serve.server.observer import Observer
+from llama31_serve.server.refusal import Context, Servicer, answers_refusals, invalid
 from llama31_serve.server.text import TextWorker
 from llama31_serve.server.validation import (
-    GenerationRequest,
-    message_violations,
+    FIELD_NAMES,
     read_chat,
     read_generate,
     read_messages,
     read_text,
-    token_ids_or_refuse,
+    require_known_fields,
     unknown_fields,
 )
 from llama31_serve.stubs import inference_pb2 as pb
@@ -44,12 +47,29 @@ class ServingModel:
         self.info = info
 
 
-class InferenceService(InferenceServiceServicer):
-    """The servicer. `model` is set once, before the lifecycle says that the server is serving."""
+class ModelHolder:
+    """The model, once there is one. It is set before the lifecycle says that the server is serving."""
 
     def __init__(self, lifecycle: Lifecycle) -> None:
         self.model: ServingModel | None = None
         self._lifecycle = lifecycle
+
+    def loaded(self) -> ServingModel:
+        """Raises Refusal (UNAVAILABLE) before the model is there."""
+        if self.model is None:
+            self._lifecycle.require_serving()
+        assert self.model is not None
+        return self.model
+
+
+class InferenceService(Servicer, InferenceServiceServicer):
+    """The servicer."""
+
+    field_names = FIELD_NAMES
+
+    def __init__(self, holder: ModelHolder, observer: Observer) -> None:
+        super().__init__(observer)
+        self._loaded = holder.loaded
 
     @answers_refusals
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
@@ -60,6 +80,7 @@ class InferenceService(InferenceServiceServicer):
             async for update in generation:
                 completions[update.completion_index].text += update.text
                 _collect(completions[update.completion_index], update)
+                response.prompt_logprobs.extend(_logprobs(update.prompt_logprobs))
             _finish_response(response, generation)
         response.completions.extend(completions)
         return response
@@ -73,6 +94,7 @@ class InferenceService(InferenceServiceServicer):
             async for update in generation:
                 completions[update.completion_index].message.content += update.text
                 _collect(completions[update.completion_index], update)
+                response.prompt_logprobs.extend(_logprobs(update.prompt_logprobs))
             _finish_response(response, generation)
         response.completions.extend(completions)
         return response
@@ -92,7 +114,8 @@ class InferenceService(InferenceServiceServicer):
         wrong = list(unknown_fields(request))
         kind = request.WhichOneof("input")
         if kind == "conversation":
-            wrong += message_violations("conversation.messages", request.conversation.messages)
+            messages = read_messages(request.conversation.messages).messages
+            wrong += message_violations("conversation.messages", messages)
         elif kind is None and not wrong:
             wrong.append(FieldViolation("input", "is not set; give one of text, conversation"))
         if wrong:
@@ -102,11 +125,11 @@ class InferenceService(InferenceServiceServicer):
 
     @answers_refusals
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        wrong = list(unknown_fields(request))
+        require_known_fields(request)
+        model = self._loaded()
+        wrong = list(token_id_violations("token_ids", request.token_ids, model.generator.limits))
         if wrong:
             raise invalid(wrong)
-        model = self._loaded()
-        token_ids_or_refuse("token_ids", request.token_ids, model.generator.limits)
         text = await model.text.decode(request.token_ids, include_special_tokens=request.include_special_tokens)
         return pb.DetokenizeResponse(text=text)
 
@@ -121,8 +144,10 @@ class InferenceService(InferenceServiceServicer):
             await context.write(response_type(prompt=prompt))
             async for update in generation:
                 index = update.completion_index
-                if update.text or update.token_ids:
-                    delta = pb.Delta(text=update.text, token_ids=update.token_ids)
+                text = update.text
+                if text or update.token_ids or update.prompt_logprobs:
+                    delta = pb.Delta(text=text, token_ids=update.token_ids, logprobs=_logprobs(update.logprobs))
+                    delta.prompt_logprobs.extend(_logprobs(update.prompt_logprobs))
                     await context.write(response_type(completion_index=index, delta=delta))
                 if update.finished is not None:
                     finish = pb.StreamFinish(finish=_finish(update.finished))
@@ -131,17 +156,23 @@ class InferenceService(InferenceServiceServicer):
                         finish.timings.CopyFrom(_timings(generation))
                     await context.write(response_type(completion_index=index, finish=finish))
 
-    def _loaded(self) -> ServingModel:
-        if self.model is None:
-            self._lifecycle.require_serving()
-        assert self.model is not None
-        return self.model
-
 
 def _collect(completion: pb.Completion | pb.ChatCompletion, update: Update) -> None:
     completion.token_ids.extend(update.token_ids)
+    completion.logprobs.extend(_logprobs(update.logprobs))
     if update.finished is not None:
         completion.finish.CopyFrom(_finish(update.finished))
+
+
+def _logprobs(reports: Sequence[TokenLogprobs | None] | None) -> list[pb.TokenLogprobs]:
+    made = []
+    for report in reports or ():
+        if report is None:  # the first token of a prompt
+            made.append(pb.TokenLogprobs())
+            continue
+        top = [pb.Alternative(token_id=token_id, logprob=logprob) for token_id, logprob in report.top]
+        made.append(pb.TokenLogprobs(token_id=report.token_id, logprob=report.logprob, top=top))
+    return made
 
 
 def _finish_response(response: pb.GenerateResponse | pb.ChatResponse, generation: Generation) -> None:

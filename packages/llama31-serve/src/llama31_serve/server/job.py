@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llama31_serve.server.engine import EngineFinish, Sampling, StreamDecoder
+from llama31_serve.server.engine import EngineFinish, Sampling, StreamDecoder, TokenLogprobs
 from llama31_serve.server.stop_strings import StopStringMatcher
 
 FinishReason = Literal["stop_token", "stop_string", "length", "aborted"]
@@ -23,15 +23,47 @@ class Finished:
     stop_string: str = ""
 
 
+PromptLogprobs = Sequence[TokenLogprobs | None]
+
+
 @dataclass(slots=True)
 class Update:
-    """What happened to one completion since the update before. `failure` ends the whole request."""
+    """What happened to one completion since the update before. `failure` ends the whole request.
+
+    Attributes:
+        token_ids: new tokens.
+        pieces: the text that each of them released: whole characters, nothing that may begin a stop string.
+        tail: text that the end released.
+        logprobs: of each token, if they were asked for.
+        prompt_logprobs: of each token of the prompt, once, if they were asked for.
+    """
 
     completion_index: int
-    text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    tail: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
     finished: Finished | None = None
     failure: Exception | None = None
+
+    @property
+    def text(self) -> str:
+        """All new text."""
+        return "".join(self.pieces) + self.tail
+
+
+@dataclass(frozen=True, slots=True)
+class StepText:
+    """What a step made for one completion."""
+
+    token_ids: Sequence[int] = ()
+    finish: EngineFinish | None = None
+    logprobs: Sequence[TokenLogprobs] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+NOTHING = StepText()
 
 
 class TextStream:
@@ -44,25 +76,25 @@ class TextStream:
         self._completion_tokens = 0
         self.ended = False
 
-    def push(self, token_ids: Sequence[int], finish: EngineFinish | None) -> Update:
-        """Text and tokens up to the first stop string, in whichever of `token_ids` it is complete."""
-        update = Update(self._index)
-        pieces: list[str] = []
-        for token_id in token_ids:
+    def push(self, output: StepText) -> Update:
+        """Text and tokens up to the first stop string, in whichever of the tokens it is complete."""
+        update = Update(self._index, prompt_logprobs=output.prompt_logprobs)
+        for token_id in output.token_ids:
             update.token_ids.append(token_id)
-            pieces.append(self._matcher.push(self._decoder.push((token_id,))))
+            update.pieces.append(self._matcher.push(self._decoder.push((token_id,))))
             if self._matcher.matched is not None:
                 break
+        if output.logprobs is not None:
+            update.logprobs = list(output.logprobs[: len(update.token_ids)])
         self._completion_tokens += len(update.token_ids)
-        if finish is not None and self._matcher.matched is None:
-            pieces.append(self._matcher.push(self._decoder.flush()))
+        if output.finish is not None and self._matcher.matched is None:
+            update.tail = self._matcher.push(self._decoder.flush())
             if self._matcher.matched is None:
-                pieces.append(self._matcher.flush())
-        update.text = "".join(pieces)
+                update.tail += self._matcher.flush()
         if self._matcher.matched is not None:
             update.finished = Finished("stop_string", self._completion_tokens, self._matcher.matched)
-        elif finish is not None:
-            update.finished = Finished(_REASONS[finish], self._completion_tokens)
+        elif output.finish is not None:
+            update.finished = Finished(_REASONS[output.finish], self._completion_tokens)
         self.ended = update.finished is not None
         return update
 
@@ -78,9 +110,13 @@ class Inbox:
     Updates that the reader has not taken yet are merged, so a slow reader costs at most the tokens of its own request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_tokens: Callable[[int, float | None], None] | None = None) -> None:
+        """`on_tokens(count, gap_s)` hears of each step's tokens: how many, and how long after those before (None: the
+        first of their completion)."""
         self._waiting: dict[int, Update] = {}
         self._arrived = asyncio.Event()
+        self._on_tokens = on_tokens
+        self._last_s: dict[int, float] = {}
         self.num_tokens = 0
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
@@ -91,12 +127,19 @@ class Inbox:
             self.num_tokens += len(update.token_ids)
             self.first_token_s = time_s if self.first_token_s is None else self.first_token_s
             self.last_token_s = time_s
+            if self._on_tokens is not None:
+                before_s = self._last_s.get(update.completion_index)
+                self._last_s[update.completion_index] = time_s
+                self._on_tokens(len(update.token_ids), None if before_s is None else time_s - before_s)
         waiting = self._waiting.get(update.completion_index)
         if waiting is None:
             self._waiting[update.completion_index] = update
         else:
-            waiting.text += update.text
             waiting.token_ids += update.token_ids
+            waiting.pieces += update.pieces
+            waiting.tail += update.tail
+            waiting.logprobs += update.logprobs
+            waiting.prompt_logprobs = waiting.prompt_logprobs or update.prompt_logprobs
             waiting.finished = update.finished
             waiting.failure = update.failure
         self._arrived.set()

@@ -9,7 +9,7 @@ import grpc
 from llama31_serve.errors import StartError
 from llama31_serve.server.options import check_address, join_address
 from llama31_serve.server.tls import ServerTls
-from llama31_serve.server.token_auth import TokenInterceptor
+from llama31_serve.server.token_auth import CallerInterceptor, Token
 
 CLOSE_GRACE_S = 1.0
 GRPC_OPTIONS = (
@@ -26,15 +26,14 @@ class Security:
     """Who may call. None and empty: anyone who reaches the port."""
 
     tls: ServerTls | None = None
-    tokens: tuple[bytes, ...] = ()
+    tokens: tuple[Token, ...] = ()
 
 
 class Listener:
     """Add servicers to `grpc`, then `start`."""
 
     def __init__(self, host: str, port: int, security: Security) -> None:
-        interceptors = [TokenInterceptor(security.tokens)] if security.tokens else []
-        self.grpc = grpc.aio.server(options=GRPC_OPTIONS, interceptors=interceptors)
+        self.grpc = grpc.aio.server(options=GRPC_OPTIONS, interceptors=[CallerInterceptor(security.tokens)])
         self._credentials = None if security.tls is None else security.tls.credentials()
         self._host = host
         self.port = port

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llama31_serve.server.text import TextModel
 from llama31_tokenizer import ChatFormat, StreamDecoder, Tokenizer, TokenizerError
+from llama31_tokenizer.assistant import find_tool_calls
 
-EncodeConversation = Callable[[Sequence[Mapping[str, str]]], list[int]]
+Mappings = Sequence[Mapping[str, Any]]
+EncodeConversation = Callable[[Mappings, Mappings], list[int]]
 
 
 def load_text(model_dir: Path) -> TextModel:
@@ -21,7 +24,7 @@ def load_text(model_dir: Path) -> TextModel:
     def stream_decoder(skip_special_tokens: bool) -> StreamDecoder:
         return StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
 
-    return TextModel(tokenizer, _conversation_encoder(tokenizer), stream_decoder, (TokenizerError,))
+    return TextModel(tokenizer, _conversation_encoder(tokenizer), find_tool_calls, stream_decoder, (TokenizerError,))
 
 
 def _conversation_encoder(tokenizer: Tokenizer) -> EncodeConversation:
@@ -30,12 +33,12 @@ def _conversation_encoder(tokenizer: Tokenizer) -> EncodeConversation:
     except TokenizerError as error:
         reason = str(error)
 
-        def refuse(messages: Sequence[Mapping[str, str]]) -> list[int]:
+        def refuse(messages: Mappings, tools: Mappings) -> list[int]:
             raise TokenizerError(reason)
 
         return refuse
 
-    def encode(messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return list(chat_format.encode_dialog(messages, add_generation_prompt=True).ids)
+    def encode(messages: Mappings, tools: Mappings) -> list[int]:
+        return list(chat_format.encode_dialog(messages, add_generation_prompt=True, tools=tools or None).ids)
 
     return encode

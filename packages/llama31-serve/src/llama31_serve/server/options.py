@@ -18,6 +18,13 @@ class EngineOptions:
     max_batch_size: int | None = None
     num_blocks: int | None = None
     block_size: int | None = None
+    cache_memory_bytes: int | None = None
+    num_host_blocks: int | None = None
+    max_prefill_tokens: int | None = None
+    max_prefill_batch_size: int | None = None
+    max_queue_delay_s: float | None = None
+    max_loras: int | None = None
+    max_lora_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +33,10 @@ class ServerOptions:
 
     Attributes:
         max_running: completions handed to the engine at once; twice as many wait, more are refused.
+        max_per_tenant: completions of one tenant (a named bearer token) that may run or wait.
         default_max_tokens: for requests that do not say.
+        max_prompt_tokens: longer prompts are refused, or cut at their beginning with `truncate_prompts`.
+        max_new_tokens: most tokens of a completion.
         drain_timeout_s: how long running requests may take after SIGTERM.
         control_host, control_port: listener of ControlService; none if the port is None.
         allow_special_tokens: callers may write control tokens into text.
@@ -37,7 +47,11 @@ class ServerOptions:
     port: int = 50051
     model_name: str = "model"
     max_running: int = 64
+    max_per_tenant: int | None = None
     default_max_tokens: int = 512
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int | None = None
+    truncate_prompts: bool = False
     drain_timeout_s: float = 30.0
     control_host: str = "127.0.0.1"
     control_port: int | None = None
@@ -48,8 +62,9 @@ class ServerOptions:
         for name, port in (("port", self.port), ("control_port", self.control_port)):
             if port is not None and not 0 <= port <= 65535:
                 raise StartError(f"--{name} is {port}, allowed are 0 (any free one) to 65535")
-        for name, value in (("max_running", self.max_running), ("default_max_tokens", self.default_max_tokens)):
-            if value < 1:
+        for name in ("max_running", "max_per_tenant", "default_max_tokens", "max_prompt_tokens", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise StartError(f"--{name} is {value}, allowed are numbers from 1 up")
         if not self.drain_timeout_s >= 0:
             raise StartError(f"--drain_timeout_s is {self.drain_timeout_s}, allowed are numbers from 0 up")

@@ -7,14 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import grpc
 
 from llama31_serve.errors import FieldViolation
-from llama31_serve.server.engine import StreamDecoder, Tokenizer
+from llama31_serve.server.engine import Grammar, RequestRejectedError, StreamDecoder, Tokenizer
+from llama31_serve.server.generation_request import ConversationInput, Prompt, TextInput
 from llama31_serve.server.refusal import Refusal, invalid
-from llama31_serve.server.validation import ConversationInput, Prompt, TextInput
+
+
+class ToolCall(Protocol):
+    """A function that an assistant calls."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def arguments(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +32,15 @@ class TextModel:
 
     Attributes:
         tokenizer: vocabulary.
-        encode_conversation: messages to ids, opened for the assistant.
+        encode_conversation: messages and the functions they may call to ids, opened for the assistant.
+        find_tool_calls: the calls that an assistant's text consists of, none if it is anything else.
         stream_decoder: makes a decoder; the argument says whether control tokens are left out.
         errors: what these raise when the caller's text, ids or conversation is at fault.
     """
 
     tokenizer: Tokenizer
-    encode_conversation: Callable[[Sequence[Mapping[str, str]]], list[int]]
+    encode_conversation: Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], list[int]]
+    find_tool_calls: Callable[[str], Sequence[ToolCall]]
     stream_decoder: Callable[[bool], StreamDecoder]
     errors: tuple[type[Exception], ...]
 
@@ -37,8 +48,16 @@ class TextModel:
 class TextWorker:
     """Runs a TextModel in a few threads."""
 
-    def __init__(self, model: TextModel, *, allow_special_tokens: bool, num_threads: int = 2) -> None:
+    def __init__(
+        self,
+        model: TextModel,
+        compile_grammar: Callable[[Grammar, Tokenizer], object],
+        *,
+        allow_special_tokens: bool,
+        num_threads: int = 2,
+    ) -> None:
         self.model = model
+        self._compile_grammar = compile_grammar
         self._allow_special_tokens = allow_special_tokens
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="llama31-tokenizer")
 
@@ -69,10 +88,25 @@ class TextWorker:
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, decode)
 
+    def token_text(self, token_id: int) -> str:
+        """One token as it is shown by itself, control tokens included."""
+        return self.model.tokenizer.decode([token_id])
+
+    async def compile_grammar(self, grammar: Grammar) -> object:
+        """The engine's mask for a grammar. Raises Refusal for one that is none, or that the engine can't follow."""
+
+        def compile_() -> object:
+            try:
+                return self._compile_grammar(grammar, self.model.tokenizer)
+            except RequestRejectedError as error:
+                raise invalid([FieldViolation("grammar", str(error))]) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, compile_)
+
     def _encode(self, prompt: TextInput | ConversationInput) -> list[int]:
         try:
             if isinstance(prompt, ConversationInput):
-                return self.model.encode_conversation(prompt.messages)
+                return self.model.encode_conversation(prompt.messages, prompt.tools)
             allowed: AbstractSet[str] | Literal["all"] = "all" if prompt.parse_special_tokens else frozenset()
             return self.model.tokenizer.encode(prompt.text, bos=prompt.add_bos, allowed_special=allowed)
         except self.model.errors as error:

@@ -26,15 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"llama31/inference/v1/control.proto\x12\x14llama31.inference.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\x08\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12&\n\x03\x61ge\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x16\n\x14GetServerInfoRequest\"\xa7\x03\n\x15GetServerInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x30\n\x05state\x18\x03 \x01(\x0e\x32!.llama31.inference.v1.ServerState\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1b\n\x13running_completions\x18\x05 \x01(\r\x12\x1a\n\x12queued_completions\x18\x06 \x01(\r\x12\x1f\n\x17max_running_completions\x18\x07 \x01(\r\x12\x1e\n\x16max_queued_completions\x18\x08 \x01(\r\x12\x19\n\x11\x66inished_requests\x18\t \x01(\x04\x12\x1b\n\x13unfinished_requests\x18\n \x01(\x04\x12\x19\n\x11overload_refusals\x18\x0b \x01(\x04\x12\x33\n\x08requests\x18\x0c \x03(\x0b\x32!.llama31.inference.v1.OpenRequest\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x0e\n\x0c\x44rainRequest\".\n\rDrainResponse\x12\x1d\n\x15remaining_completions\x18\x01 \x01(\r*\x93\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SERVER_STATE_LOADING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03\x12\x17\n\x13SERVER_STATE_FAILED\x10\x04\x32\x9e\x02\n\x0e\x43ontrolService\x12h\n\rGetServerInfo\x12*.llama31.inference.v1.GetServerInfoRequest\x1a+.llama31.inference.v1.GetServerInfoResponse\x12P\n\x05\x41\x62ort\x12\".llama31.inference.v1.AbortRequest\x1a#.llama31.inference.v1.AbortResponse\x12P\n\x05\x44rain\x12\".llama31.inference.v1.DrainRequest\x1a#.llama31.inference.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"llama31/inference/v1/control.proto\x12\x14llama31.inference.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\x08\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12&\n\x03\x61ge\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x16\n\x14GetServerInfoRequest\"\xa7\x03\n\x15GetServerInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x30\n\x05state\x18\x03 \x01(\x0e\x32!.llama31.inference.v1.ServerState\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1b\n\x13running_completions\x18\x05 \x01(\r\x12\x1a\n\x12queued_completions\x18\x06 \x01(\r\x12\x1f\n\x17max_running_completions\x18\x07 \x01(\r\x12\x1e\n\x16max_queued_completions\x18\x08 \x01(\r\x12\x19\n\x11\x66inished_requests\x18\t \x01(\x04\x12\x1b\n\x13unfinished_requests\x18\n \x01(\x04\x12\x19\n\x11overload_refusals\x18\x0b \x01(\x04\x12\x33\n\x08requests\x18\x0c \x03(\x0b\x32!.llama31.inference.v1.OpenRequest\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x0e\n\x0c\x44rainRequest\".\n\rDrainResponse\x12\x1d\n\x15remaining_completions\x18\x01 \x01(\r\"\'\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"5\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tdirectory\x18\x02 \x01(\t\"E\n\x13LoadAdapterResponse\x12.\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1d.llama31.inference.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"\x15\n\x13ListAdaptersRequest\"G\n\x14ListAdaptersResponse\x12/\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1d.llama31.inference.v1.Adapter*\x93\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SERVER_STATE_LOADING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03\x12\x17\n\x13SERVER_STATE_FAILED\x10\x04\x32\xd3\x04\n\x0e\x43ontrolService\x12h\n\rGetServerInfo\x12*.llama31.inference.v1.GetServerInfoRequest\x1a+.llama31.inference.v1.GetServerInfoResponse\x12P\n\x05\x41\x62ort\x12\".llama31.inference.v1.AbortRequest\x1a#.llama31.inference.v1.AbortResponse\x12P\n\x05\x44rain\x12\".llama31.inference.v1.DrainRequest\x1a#.llama31.inference.v1.DrainResponse\x12\x62\n\x0bLoadAdapter\x12(.llama31.inference.v1.LoadAdapterRequest\x1a).llama31.inference.v1.LoadAdapterResponse\x12h\n\rUnloadAdapter\x12*.llama31.inference.v1.UnloadAdapterRequest\x1a+.llama31.inference.v1.UnloadAdapterResponse\x12\x65\n\x0cListAdapters\x12).llama31.inference.v1.ListAdaptersRequest\x1a*.llama31.inference.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llama31.inference.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVERSTATE']._serialized_start=836
-  _globals['_SERVERSTATE']._serialized_end=983
+  _globals['_SERVERSTATE']._serialized_start=1162
+  _globals['_SERVERSTATE']._serialized_end=1309
   _globals['_OPENREQUEST']._serialized_start=126
   _globals['_OPENREQUEST']._serialized_end=266
   _globals['_GETSERVERINFOREQUEST']._serialized_start=268
@@ -49,6 +49,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINREQUEST']._serialized_end=785
   _globals['_DRAINRESPONSE']._serialized_start=787
   _globals['_DRAINRESPONSE']._serialized_end=833
-  _globals['_CONTROLSERVICE']._serialized_start=986
-  _globals['_CONTROLSERVICE']._serialized_end=1272
+  _globals['_ADAPTER']._serialized_start=835
+  _globals['_ADAPTER']._serialized_end=874
+  _globals['_LOADADAPTERREQUEST']._serialized_start=876
+  _globals['_LOADADAPTERREQUEST']._serialized_end=929
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=931
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=1000
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1002
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1038
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1040
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1063
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1065
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1086
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1088
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1159
+  _globals['_CONTROLSERVICE']._serialized_start=1312
+  _globals['_CONTROLSERVICE']._serialized_end=1907
 # @@protoc_insertion_point(module_scope)

@@ -28,7 +28,8 @@ if _version_not_supported:
 class ControlServiceStub(object):
     """What an operator may ask of one server process. Status codes:
     INVALID_ARGUMENT   a field is unknown to this server
-    NOT_FOUND          no request runs or waits under this id
+    NOT_FOUND          no request runs or waits under this id; no adapter of this name
+    FAILED_PRECONDITION  an adapter can't be loaded, or unloaded, as things are
     UNAUTHENTICATED    the bearer token is missing or wrong
     """
 
@@ -53,12 +54,28 @@ class ControlServiceStub(object):
                 request_serializer=llama31_dot_inference_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=llama31_dot_inference_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/llama31.inference.v1.ControlService/LoadAdapter',
+                request_serializer=llama31_dot_inference_dot_v1_dot_control__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=llama31_dot_inference_dot_v1_dot_control__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/llama31.inference.v1.ControlService/UnloadAdapter',
+                request_serializer=llama31_dot_inference_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=llama31_dot_inference_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/llama31.inference.v1.ControlService/ListAdapters',
+                request_serializer=llama31_dot_inference_dot_v1_dot_control__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=llama31_dot_inference_dot_v1_dot_control__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer(object):
     """What an operator may ask of one server process. Status codes:
     INVALID_ARGUMENT   a field is unknown to this server
-    NOT_FOUND          no request runs or waits under this id
+    NOT_FOUND          no request runs or waits under this id; no adapter of this name
+    FAILED_PRECONDITION  an adapter can't be loaded, or unloaded, as things are
     UNAUTHENTICATED    the bearer token is missing or wrong
     """
 
@@ -84,6 +101,27 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Loads a LoRA adapter in PEFT's form from a directory of the server's machine; requests choose it by its name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Makes room for another adapter. FAILED_PRECONDITION while requests use it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """The adapters that requests can ask for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -102,6 +140,21 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     request_deserializer=llama31_dot_inference_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=llama31_dot_inference_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
             ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=llama31_dot_inference_dot_v1_dot_control__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=llama31_dot_inference_dot_v1_dot_control__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=llama31_dot_inference_dot_v1_dot_control__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=llama31_dot_inference_dot_v1_dot_control__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=llama31_dot_inference_dot_v1_dot_control__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=llama31_dot_inference_dot_v1_dot_control__pb2.ListAdaptersResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'llama31.inference.v1.ControlService', rpc_method_handlers)
@@ -113,7 +166,8 @@ def add_ControlServiceServicer_to_server(servicer, server):
 class ControlService(object):
     """What an operator may ask of one server process. Status codes:
     INVALID_ARGUMENT   a field is unknown to this server
-    NOT_FOUND          no request runs or waits under this id
+    NOT_FOUND          no request runs or waits under this id; no adapter of this name
+    FAILED_PRECONDITION  an adapter can't be loaded, or unloaded, as things are
     UNAUTHENTICATED    the bearer token is missing or wrong
     """
 
@@ -188,6 +242,87 @@ class ControlService(object):
             '/llama31.inference.v1.ControlService/Drain',
             llama31_dot_inference_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             llama31_dot_inference_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llama31.inference.v1.ControlService/LoadAdapter',
+            llama31_dot_inference_dot_v1_dot_control__pb2.LoadAdapterRequest.SerializeToString,
+            llama31_dot_inference_dot_v1_dot_control__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llama31.inference.v1.ControlService/UnloadAdapter',
+            llama31_dot_inference_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
+            llama31_dot_inference_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llama31.inference.v1.ControlService/ListAdapters',
+            llama31_dot_inference_dot_v1_dot_control__pb2.ListAdaptersRequest.SerializeToString,
+            llama31_dot_inference_dot_v1_dot_control__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

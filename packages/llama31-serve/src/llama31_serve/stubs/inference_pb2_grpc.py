@@ -29,6 +29,7 @@ class InferenceServiceStub(object):
     """Generates text, and gives access to the model's tokenizer. Status codes:
     INVALID_ARGUMENT     a field is wrong; google.rpc.BadRequest names it
     ALREADY_EXISTS       request_id belongs to a request that is still running
+    NOT_FOUND            no adapter of this name is loaded
     RESOURCE_EXHAUSTED   the server is full; google.rpc.RetryInfo says when to try again
     UNAVAILABLE          the server is loading, draining or stopping: try another replica
     UNAUTHENTICATED      the bearer token is missing or wrong
@@ -83,6 +84,7 @@ class InferenceServiceServicer(object):
     """Generates text, and gives access to the model's tokenizer. Status codes:
     INVALID_ARGUMENT     a field is wrong; google.rpc.BadRequest names it
     ALREADY_EXISTS       request_id belongs to a request that is still running
+    NOT_FOUND            no adapter of this name is loaded
     RESOURCE_EXHAUSTED   the server is full; google.rpc.RetryInfo says when to try again
     UNAVAILABLE          the server is loading, draining or stopping: try another replica
     UNAUTHENTICATED      the bearer token is missing or wrong
@@ -189,6 +191,7 @@ class InferenceService(object):
     """Generates text, and gives access to the model's tokenizer. Status codes:
     INVALID_ARGUMENT     a field is wrong; google.rpc.BadRequest names it
     ALREADY_EXISTS       request_id belongs to a request that is still running
+    NOT_FOUND            no adapter of this name is loaded
     RESOURCE_EXHAUSTED   the server is full; google.rpc.RetryInfo says when to try again
     UNAVAILABLE          the server is loading, draining or stopping: try another replica
     UNAUTHENTICATED      the bearer token is missing or wrong
