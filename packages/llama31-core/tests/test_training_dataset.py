@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,34 +14,68 @@ from mindspore.mindrecord import FileWriter
 
 from llama31_core.config import ModelConfig
 from llama31_core.errors import DatasetError
+from llama31_core.training.batch import Batch
 from llama31_core.training.dataset import MindRecordDataset, find_records
 
 CONFIG = ModelConfig.preset("tiny")
 GOOD = {"seq_length": 8, "vocab_size": 512, "bos_token_id": None, "eos_token_id": None}
 
 
-def write(path: Path, ids: list[list[int]], labels: list[list[int]], manifest: object = GOOD) -> Path:
+def write(path: Path, manifest: object = GOOD, **columns: list[list[int]]) -> Path:
     writer = FileWriter(str(path))
-    row = {"type": "int32", "shape": [-1]}
-    writer.add_schema({"input_ids": row, "labels": row})
-    for row_ids, row_labels in zip(ids, labels, strict=True):
-        writer.write_raw_data([{"input_ids": np.array(row_ids, np.int32), "labels": np.array(row_labels, np.int32)}])
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in columns})
+    for row in zip(*columns.values(), strict=True):
+        writer.write_raw_data([{name: np.array(v, np.int32) for name, v in zip(columns, row, strict=True)}])
     writer.commit()
     path.with_name(path.name + ".manifest.json").write_text(json.dumps(manifest))
     return path
 
 
-def read(path: Path, batch_size: int = 2) -> list[tuple[np.ndarray, np.ndarray]]:  # type: ignore[type-arg]
-    dataset = MindRecordDataset(path, CONFIG, seq_length=8, batch_size=batch_size, seed=None, num_workers=1)
-    return list(dataset.epochs(1))
+def write_two(path: Path, ids: list[int], labels: list[int] | None = None, manifest: object = GOOD) -> Path:
+    return write(path, manifest, input_ids=[ids] * 2, labels=[labels or ids] * 2)
+
+
+def open_data(path: Path, batch_size: int = 2, seed: int | None = None, **ranks: int) -> MindRecordDataset:
+    return MindRecordDataset(path, CONFIG, seq_length=8, batch_size=batch_size, seed=seed, num_workers=1, **ranks)
+
+
+def read(path: Path) -> Batch:
+    return next(open_data(path).batches())
 
 
 def test_labels_stand_one_place_further_on(tmp_path: Path) -> None:
     rows = [list(range(start, start + 9)) for start in (0, 100)]
     masked = [[-100] * 4 + row[4:] for row in rows]
-    [(tokens, labels)] = read(write(tmp_path / "a.mindrecord", rows, masked))
-    np.testing.assert_array_equal(tokens, np.array(rows)[:, :-1])
-    np.testing.assert_array_equal(labels, np.array(masked)[:, 1:])
+    batch = read(write(tmp_path / "a.mindrecord", input_ids=rows, labels=masked))
+    np.testing.assert_array_equal(batch.tokens, np.array(rows)[:, :-1])
+    np.testing.assert_array_equal(batch.labels, np.array(masked)[:, 1:])
+    np.testing.assert_array_equal(batch.positions, [list(range(8))] * 2)
+
+
+def test_packed_records_keep_documents_apart(tmp_path: Path) -> None:
+    rows = [[11, 12, 13, 14, 21, 22, 23, 0, 0]] * 2
+    segments, positions = [[1, 1, 1, 1, 2, 2, 2, 0, 0]] * 2, [[0, 1, 2, 3, 0, 1, 2, 0, 0]] * 2
+    columns = {"input_ids": rows, "labels": rows, "segment_ids": segments, "position_ids": positions}
+    batch = read(write(tmp_path / "a.mindrecord", GOOD | {"columns": list(columns)}, **columns))
+    np.testing.assert_array_equal(batch.labels[0], [12, 13, 14, -100, 22, 23, -100, 0])
+    np.testing.assert_array_equal(batch.segment_ids[0], segments[0][:-1])
+    np.testing.assert_array_equal(batch.positions[0], positions[0][:-1])
+
+
+def test_the_order_is_the_same_from_any_batch_on_and_over_any_ranks(tmp_path: Path) -> None:
+    rows = [[i] * 9 for i in range(10)]
+    path = write(tmp_path / "a.mindrecord", input_ids=rows, labels=rows)
+    whole = list(islice((b.tokens[:, 0].tolist() for b in open_data(path, 2, seed=3).batches()), 12))
+    assert sorted(number for batch in whole[:5] for number in batch) == list(range(10))
+    assert whole[:5] != whole[5:10]  # another order in the next epoch
+    for start in (3, 5, 8):
+        later = (b.tokens[:, 0].tolist() for b in open_data(path, 2, seed=3).batches(start))
+        assert list(islice(later, 4)) == whole[start : start + 4]
+    halves = [open_data(path, 1, seed=3, rank=rank, num_ranks=2).batches() for rank in range(2)]
+    for want in whole[:7]:
+        assert [next(half).tokens[0, 0] for half in halves] == want
+    first = next(open_data(path, 2, seed=3).batches())
+    assert list(first.record_numbers) == whole[0]
 
 
 @pytest.mark.parametrize(
@@ -49,12 +84,12 @@ def test_labels_stand_one_place_further_on(tmp_path: Path) -> None:
 )
 def test_ids_outside_the_vocabulary_are_refused(ids: list[int], labels: list[int], tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="outside the vocabulary of 512"):
-        read(write(tmp_path / "a.mindrecord", [ids] * 2, [labels] * 2))
+        read(write_two(tmp_path / "a.mindrecord", ids, labels))
 
 
 def test_records_of_another_width_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"expected 9 of each; set model\.model_config\.seq_length to 4"):
-        read(write(tmp_path / "a.mindrecord", [[1] * 5] * 2, [[1] * 5] * 2))
+        read(write_two(tmp_path / "a.mindrecord", [1] * 5))
 
 
 @pytest.mark.parametrize(
@@ -64,17 +99,17 @@ def test_records_of_another_width_are_refused(tmp_path: Path) -> None:
         ({"seq_length": 8, "vocab_size": "x"}, "no manifest of llama31-data"),
         (GOOD | {"seq_length": 9}, "seq_length 9, the run 8"),
         (GOOD | {"vocab_size": 600}, "600 tokens, the model 512"),
-        (GOOD | {"columns": ["input_ids", "labels", "segment_ids", "position_ids"]}, "records are packed"),
+        (GOOD | {"columns": ["input_ids", "labels", "scores"]}, "the records have input_ids, labels, scores"),
     ],
 )
 def test_data_made_for_something_else_is_refused(manifest: object, message: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.mindrecord", [[1] * 9] * 2, [[1] * 9] * 2, manifest)
+    path = write_two(tmp_path / "a.mindrecord", [1] * 9, manifest=manifest)
     with pytest.raises(DatasetError, match=message):
         read(path)
 
 
 def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.mindrecord", [[1] * 9] * 2, [[1] * 9] * 2)
+    path = write_two(tmp_path / "a.mindrecord", [1] * 9)
     os.truncate(path, 100)
     with pytest.raises(DatasetError, match=r"a\.mindrecord cannot be read") as error:
         read(path)
@@ -97,9 +132,8 @@ def test_only_the_named_file_and_its_numbered_parts_are_taken(tmp_path: Path) ->
 
 def test_reading_leaves_the_handlers_of_signals_alone(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
-    path = write(tmp_path / "a.mindrecord", [[1] * 9] * 2, [[1] * 9] * 2)
-    dataset = MindRecordDataset(path, CONFIG, seq_length=8, batch_size=1, seed=None, num_workers=1)
-    batches = dataset.epochs(1)
+    path = write_two(tmp_path / "a.mindrecord", [1] * 9)
+    batches = open_data(path, batch_size=1).batches()
     next(batches)
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(KeyboardInterrupt):

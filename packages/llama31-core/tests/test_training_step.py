@@ -2,41 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from mindspore import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from llama31_core.checkpoint.names import spell
 from llama31_core.config import ModelConfig
-from llama31_core.model import CausalAttention, Llama
+from llama31_core.training.attention import BlockwiseAttention
+from llama31_core.training.backprop import Backprop
+from llama31_core.training.batch import Batch
+from llama31_core.training.block import Recompute
+from llama31_core.training.head import Objective
+from llama31_core.training.loss_scale import LossScale
 from llama31_core.training.optim import AdamW
 from llama31_core.training.schedule import learning_rate
-from llama31_core.training.step import NextTokenLoss, TrainStep
+from llama31_core.training.step import TrainStep
+from llama31_core.training.weights import TrainedWeights
 
+Weights = dict[str, npt.NDArray[np.float32]]
 STEPS, PEAK, DECAY, MAX_NORM = 20, 3e-3, 0.1, 1.0
 # Adam divides a gradient by its own size, so where a gradient is nothing but rounding error its sign decides a whole
 # step. An epsilon above that error keeps such elements out of the comparison.
 EPS = 1e-6
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.fixture(autouse=True)
+def graph_mode() -> None:
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
+def trained(config: ModelConfig, weights: Mapping[str, npt.NDArray[np.float32]]) -> TrainedWeights:
+    result = TrainedWeights(config, BlockwiseAttention)
+    result.load(weights.__getitem__)
+    return result
+
+
+def reference(config: ModelConfig, weights: Weights) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(LlamaConfig(**config.to_hf()))
+    state = {spell(n, "hf"): torch.from_numpy(w.copy()) for n, w in weights.items()}
+    model.load_state_dict(state, strict=not config.tie_word_embeddings)
+    return model
+
+
+def random_batch(seed: int, batch: int = 2, tokens: int = 40, vocab: int = 512) -> Batch:
+    """Uneven numbers of labels, so that a mean of means is not the mean."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, vocab, (batch, tokens)).astype(np.int32)
+    masked = rng.random((batch, tokens)) < rng.uniform(0.1, 0.9)
+    labels = np.where(masked, -100, rng.integers(0, vocab, (batch, tokens))).astype(np.int32)
+    return Batch.unpacked(ids, labels)
+
+
+def torch_loss(model: LlamaForCausalLM, batch: Batch, smoothing: float = 0.0, z: float = 0.0) -> torch.Tensor:
+    """Summed over labels."""
+    logits = model(
+        torch.from_numpy(batch.tokens).long(), position_ids=torch.from_numpy(batch.positions.copy()).long()
+    ).logits
+    labels = torch.from_numpy(batch.labels).long().flatten()
+    logits = logits.flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    return loss + z * (logits.logsumexp(-1)[labels >= 0] ** 2).sum()
+
+
+@pytest.mark.parametrize(("tied", "accumulated"), [(False, 1), (True, 3)])
 def test_twenty_steps_equal_transformers_and_torch(
-    tied: bool, random_weights: Callable[..., dict[str, npt.NDArray[np.float32]]]
+    tied: bool, accumulated: int, random_weights: Callable[..., Weights]
 ) -> None:
     config = ModelConfig.preset("tiny").model_copy(update={"tie_word_embeddings": tied})
     weights = random_weights(config)
-    rng = np.random.default_rng(5)
-    tokens = rng.integers(0, config.vocab_size, (STEPS, 2, 40)).astype(np.int32)
-    labels = np.where(rng.random((STEPS, 2, 40)) < 0.4, -100, rng.integers(0, config.vocab_size, (STEPS, 2, 40)))
-
-    model = LlamaForCausalLM(LlamaConfig(**config.to_hf()))
-    model.load_state_dict({spell(n, "hf"): torch.from_numpy(w) for n, w in weights.items()}, strict=not tied)
+    model = reference(config, weights)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": DECAY},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -44,28 +83,146 @@ def test_twenty_steps_equal_transformers_and_torch(
     torch_adam = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), eps=EPS)
     scheduler = get_cosine_schedule_with_warmup(torch_adam, 4, STEPS)
 
-    ms.set_context(mode=ms.GRAPH_MODE)
-    llama = Llama(config, CausalAttention)
-    for name, parameter in llama.parameters_and_names():
-        parameter.set_data(Tensor(weights[name].copy()))
-    optimizer = AdamW(llama.trainable_params(), beta1=0.9, beta2=0.95, eps=EPS, weight_decay=DECAY, max_norm=MAX_NORM)
-    step = TrainStep(NextTokenLoss(llama), optimizer)
+    ours = trained(config, weights)
+    optimizer = AdamW(ours, beta1=0.9, beta2=0.95, eps=EPS, weight_decay=DECAY)
+    step = TrainStep(Backprop(ours, Objective(), "none"), optimizer, max_norm=MAX_NORM)
 
     for i in range(STEPS):
-        logits = model(torch.from_numpy(tokens[i]).long()).logits
-        want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels[i]).long().flatten())
+        batches = [random_batch(accumulated * i + k) for k in range(accumulated)]
+        count = sum(int((batch.labels >= 0).sum()) for batch in batches)
         torch_adam.zero_grad()
-        want.backward()
+        want = 0.0
+        for batch in batches:
+            loss = torch_loss(model, batch) / count
+            loss.backward()
+            want += loss.item()
         want_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         rate = learning_rate(i, schedule="CosineWithWarmUpLR", peak=PEAK, end=0.0, warmup_steps=4, total_steps=STEPS)
         assert rate == pytest.approx(scheduler.get_last_lr()[0])
         torch_adam.step()
         scheduler.step()
 
-        loss, norm = step(Tensor(tokens[i]), Tensor(labels[i].astype(np.int32)), *optimizer.scalars(i, rate))
-        assert float(loss) == pytest.approx(want.item(), rel=1e-5)
-        assert float(norm) == pytest.approx(want_norm.item(), rel=1e-4)
+        result = step(batches, rate)
+        assert result.num_label_tokens == count
+        assert result.loss == pytest.approx(want, rel=1e-5)
+        assert result.grad_norm == pytest.approx(want_norm.item(), rel=1e-4)
 
     state = model.state_dict()
-    for name, parameter in llama.parameters_and_names():
-        np.testing.assert_allclose(parameter.asnumpy(), state[spell(name, "hf")].numpy(), atol=1e-4, err_msg=name)
+    for name, value in ours.arrays():
+        np.testing.assert_allclose(value, state[spell(name, "hf")].numpy(), atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.01)])
+def test_label_smoothing_and_z_loss_equal_torchs(
+    smoothing: float, z_loss: float, random_weights: Callable[..., Weights]
+) -> None:
+    config = ModelConfig.preset("tiny")
+    weights = random_weights(config)
+    model, batch = reference(config, weights), random_batch(3)
+    loss = torch_loss(model, batch, smoothing, z_loss)
+    loss.backward()
+    backprop = Backprop(trained(config, weights), Objective(smoothing, z_loss), "none")
+    assert backprop.accumulate(batch, 1.0) == pytest.approx(loss.item(), rel=1e-5)
+    check_gradients(backprop, model)
+
+
+def check_gradients(backprop: Backprop, model: LlamaForCausalLM) -> None:
+    want = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    for name, gradient in backprop.gradients.items():
+        expected = want[spell(name, "hf")]
+        np.testing.assert_allclose(
+            gradient.asnumpy(), expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4, err_msg=name
+        )
+    assert len(backprop.gradients) == len(want)
+
+
+@pytest.mark.parametrize("recompute", ["select", "full"])
+def test_gradients_over_several_blocks_of_queries(recompute: Recompute, random_weights: Callable[..., Weights]) -> None:
+    """300 tokens are three blocks of queries and more than one chunk of labels; nothing changes with recomputation."""
+    config = ModelConfig.preset("tiny")
+    weights = random_weights(config)
+    model, batch = reference(config, weights), random_batch(4, batch=3, tokens=300)
+    loss = torch_loss(model, batch)
+    loss.backward()
+    backprop = Backprop(trained(config, weights), Objective(), recompute)
+    assert backprop.accumulate(batch, 1.0) == pytest.approx(loss.item(), rel=1e-5)
+    assert backprop.loss(batch) == pytest.approx(loss.item(), rel=1e-5)
+    check_gradients(backprop, model)
+
+
+@pytest.mark.parametrize("lengths", [[150, 60, 90]])
+def test_packed_documents_train_as_if_each_stood_alone(
+    lengths: list[int], random_weights: Callable[..., Weights]
+) -> None:
+    config = ModelConfig.preset("tiny")
+    weights = random_weights(config)
+    model = reference(config, weights)
+    documents = [random_batch(10 + i, batch=1, tokens=length) for i, length in enumerate(lengths)]
+    for document in documents:
+        torch_loss(model, document).backward()
+    want = sum(torch_loss(model, document).item() for document in documents)
+
+    padding = 5
+    join = [np.concatenate([getattr(d, key)[0] for d in documents]) for key in ("tokens", "labels", "positions")]
+    segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    tokens, positions, segment_ids = (
+        np.pad(x, (0, padding))[None].astype(np.int32) for x in (join[0], join[2], segments)
+    )
+    labels = np.pad(join[1], (0, padding), constant_values=-100)[None].astype(np.int32)
+    packed = Batch(tokens, labels, positions, segment_ids)
+    backprop = Backprop(trained(config, weights), Objective(), "none")
+    assert backprop.accumulate(packed, 1.0) == pytest.approx(want, rel=1e-5)
+    check_gradients(backprop, model)
+
+    alone = Backprop(trained(config, weights), Objective(), "none")
+    assert sum(alone.accumulate(d, 1.0) for d in documents) == pytest.approx(want, rel=1e-5)
+    for name, gradient in alone.gradients.items():
+        ours = backprop.gradients[name].asnumpy()
+        np.testing.assert_allclose(gradient.asnumpy(), ours, atol=1e-5 * np.abs(ours).max(), err_msg=name)
+
+    one_document = Batch.unpacked(tokens, labels)  # what would be wrong: documents that see each other
+    assert abs(backprop.loss(one_document) / want - 1) > 1e-3
+
+
+def test_an_overflow_changes_nothing_and_lowers_the_scale(random_weights: Callable[..., Weights]) -> None:
+    config = ModelConfig.preset("tiny")
+    ours = trained(config, random_weights(config))
+    before = {name: value.copy() for name, value in ours.arrays()}
+    optimizer = AdamW(ours, beta1=0.9, beta2=0.95, eps=EPS, weight_decay=DECAY)
+    scale = LossScale(value=3e38, factor=1e3, window=2)
+    step = TrainStep(Backprop(ours, Objective(), "none"), optimizer, max_norm=1.0, loss_scale=scale)
+    result = step([random_batch(1)], 1e-3)
+    assert result.is_overflow
+    assert np.isfinite(result.loss)
+    assert optimizer.num_updates == 0
+    assert scale.value == pytest.approx(3e35)
+    for name, value in ours.arrays():
+        np.testing.assert_array_equal(value, before[name])
+    scale.value, scale.factor = 1024.0, 2.0
+    assert not step([random_batch(1)], 1e-3).is_overflow
+    assert not step([random_batch(1)], 1e-3).is_overflow
+    assert scale.value == 2048.0
+    assert optimizer.num_updates == 2
+
+
+def test_a_scaled_loss_gives_the_same_step(random_weights: Callable[..., Weights]) -> None:
+    config = ModelConfig.preset("tiny")
+    results = []
+    for value in (1.0, 4096.0):
+        ours = trained(config, random_weights(config))
+        optimizer = AdamW(ours, beta1=0.9, beta2=0.95, eps=EPS, weight_decay=DECAY)
+        step = TrainStep(Backprop(ours, Objective(), "none"), optimizer, max_norm=0.1, loss_scale=LossScale(value))
+        step([random_batch(1)], 1e-3)
+        results.append(dict(ours.arrays()))
+    for name, array in results[0].items():
+        np.testing.assert_allclose(results[1][name], array, atol=1e-6, err_msg=name)
+
+
+def test_a_step_without_labels_changes_nothing(random_weights: Callable[..., Weights]) -> None:
+    config = ModelConfig.preset("tiny")
+    ours = trained(config, random_weights(config))
+    optimizer = AdamW(ours, beta1=0.9, beta2=0.95, eps=EPS, weight_decay=DECAY)
+    step = TrainStep(Backprop(ours, Objective(), "none"), optimizer, max_norm=1.0)
+    batch = random_batch(1)
+    result = step([Batch.unpacked(batch.tokens, np.full_like(batch.labels, -100))], 1e-3)
+    assert (result.loss, result.num_label_tokens, optimizer.num_updates) == (0.0, 0, 0)

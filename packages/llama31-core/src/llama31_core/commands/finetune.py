@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import threading
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,13 +31,24 @@ def run(arguments: argparse.Namespace) -> int:
     trainer = Trainer(config, str(arguments.config))
     size = trainer.config.num_parameters
     print(f"{size:,} parameters, {trainer.num_steps} steps; the first one compiles", flush=True)
+    if trainer.start_step:
+        print(f"resumed after step {trainer.start_step}", flush=True)
     losses: list[float] = []
 
     def report(step: StepReport) -> None:
         losses.append(step.loss)
         print(step, flush=True)
 
-    model_dir = trainer.train(report)
+    terminated = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
+    model_dir = trainer.train(report, terminated.is_set)
+    if model_dir.parent.name == "checkpoints":
+        print(f"stopped by SIGTERM; {model_dir} is where resume_training=True goes on", flush=True)
+        return 0
+    if not losses:
+        print(f"saved {model_dir}; all steps had been taken before")
+        return 0
     few = max(1, len(losses) // 4)
     print(f"mean loss: {mean(losses[:few]):.4f} in the first {few} steps, {mean(losses[-few:]):.4f} in the last {few}")
     print(f"saved {model_dir}")

@@ -11,7 +11,7 @@ import mindspore as ms
 from mindspore import Tensor
 
 from llama31_core.errors import ConfigError
-from llama31_core.kernels import ascend, portable
+from llama31_core.kernels import ascend, portable, products
 
 
 class KernelSet(Protocol):
@@ -43,7 +43,7 @@ class KernelSet(Protocol):
     ) -> Tensor: ...
 
 
-SETS: dict[str, KernelSet] = {"portable": portable, "ascend": ascend}
+SETS: dict[str, KernelSet] = {"portable": portable, "products": products, "ascend": ascend}
 _OF_DEVICE = {"Ascend": "ascend"}  # every other device has the portable ones
 
 _named: ContextVar[str | None] = ContextVar("kernels", default=None)

@@ -1,4 +1,7 @@
-"""MindFormers' keys that mean nothing here, each with the reason; a section's name covers all that is in it."""
+"""MindFormers' keys that mean nothing here, each with the reason; a section's name covers all that is in it.
+
+An element of a list is named by its `type`.
+"""
 
 from collections.abc import Mapping
 
@@ -8,6 +11,7 @@ _FLOAT32 = "it is float32 always"
 _NO_EVALUATION = "there is no evaluation within a run"
 _DEVICE = "the device and MindSpore's defaults decide"
 _ONE = "there is one architecture"
+_RECOMPUTE = "what a layer computes again includes its communication"
 _PIPELINE = "it tuned MindFormers' pipeline"
 
 _ANY_RUN = {
@@ -66,9 +70,14 @@ TRAINING_DEAD_KEYS: Mapping[str, str] = _ANY_RUN | {
     "train_dataset.prefetch_size": "MindSpore's default serves",
     "train_dataset_task": "it repeats train_dataset",
     "runner_wrapper.type": "there is one training step",
-    "runner_wrapper.scale_sense": "neither float32 nor bfloat16 needs a scaled loss",
-    "recompute_config": "activations are kept",
-    "callbacks": "every step is logged, and the model saved at the end",
+    "runner_wrapper.scale_sense": "loss_scale_value decides",
+    "recompute_config.parallel_optimizer_comm_recompute": _RECOMPUTE,
+    "recompute_config.mp_comm_recompute": _RECOMPUTE,
+    "recompute_config.recompute_slice_activation": _RECOMPUTE,
+    "callbacks.MFLossMonitor": "every step is logged",
+    "callbacks.ObsMonitor": "it was a cloud platform's",
+    "callbacks.CheckpointMonitor.prefix": "checkpoints are called step_N",
+    "callbacks.CheckpointMonitor.integrated_save": "every rank saves its slices",
     "model.model_config.repetition_penalty": "training generates nothing",
     "model.model_config.max_decode_length": "training generates nothing",
     "model.model_config.top_k": "training generates nothing",

@@ -16,6 +16,7 @@ from llama31_core.run_config.run import AnyRunConfig, PredictConfig, RunConfig
 from llama31_core.validation import did_you_mean, first_problem
 
 _LOG = logging.getLogger(__name__)
+_MISSING = object()
 _Run = TypeVar("_Run", bound=AnyRunConfig)
 
 
@@ -79,12 +80,28 @@ def _drop_dead_keys(values: dict[str, Any], dead_keys: Mapping[str, str], source
         *sections, key = dotted.split(".")
         holder: Any = values
         for name in sections:
-            holder = holder.get(name) if isinstance(holder, dict) else None
-        if isinstance(holder, dict) and key in holder:
+            holder = _inner(holder, name)
+        if _inner(holder, key, _MISSING) is _MISSING:
+            continue
+        if isinstance(holder, dict):
             del holder[key]
-            found.append(f"{dotted} ({reason})")
+        else:
+            holder[:] = [element for element in holder if _type_of(element) != key]
+        found.append(f"{dotted} ({reason})")
     if found:
         _LOG.warning("%s: %d keys have no effect here: %s", source, len(found), "; ".join(found))
+
+
+def _inner(holder: Any, name: str, default: Any = None) -> Any:
+    """What a section has under a key, or a list has of a `type`."""
+    if isinstance(holder, dict):
+        return holder.get(name, default)
+    elements = holder if isinstance(holder, list) else ()
+    return next((element for element in elements if _type_of(element) == name), default)
+
+
+def _type_of(element: Any) -> Any:
+    return element.get("type") if isinstance(element, dict) else None
 
 
 def _unknown_keys(values: Mapping[str, Any], section: type[BaseModel], at: str = "") -> Iterator[tuple[str, list[str]]]:

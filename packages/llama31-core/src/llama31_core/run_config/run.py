@@ -11,9 +11,11 @@ from llama31_core.run_config.model_section import ModelBlock, ModelSection, Pred
 from llama31_core.run_config.parallel_section import ParallelConfigSection, ParallelContext, mesh_of
 from llama31_core.run_config.section import Section
 from llama31_core.run_config.training import (
+    CheckpointMonitorConfig,
     DatasetConfig,
     LrScheduleConfig,
     OptimizerConfig,
+    RecomputeConfig,
     RunnerConfig,
     RunnerWrapperConfig,
 )
@@ -26,7 +28,6 @@ class AnyRunConfig(Section):
     output_dir: str = "./output"
     load_checkpoint: str = ""
     auto_trans_ckpt: bool = False
-    resume_training: Literal[False] = False
     use_parallel: bool = False
     parallel_context: ParallelContext = Field(default=ParallelContext(), alias="parallel")
     parallel_config: ParallelConfigSection = ParallelConfigSection()
@@ -47,6 +48,9 @@ class RunConfig(AnyRunConfig):
     lr_schedule: LrScheduleConfig
     train_dataset: DatasetConfig = DatasetConfig()
     runner_wrapper: RunnerWrapperConfig = RunnerWrapperConfig()
+    recompute_config: RecomputeConfig = RecomputeConfig()
+    callbacks: tuple[CheckpointMonitorConfig, ...] = Field(default=(), max_length=1)
+    resume_training: bool = False
     model: ModelBlock = ModelBlock()
 
     @property
@@ -77,6 +81,7 @@ class PredictConfig(AnyRunConfig):
 
     run_mode: Literal["predict"]
     add_bos_token: bool = False
+    resume_training: Literal[False] = False
     model: PredictModelBlock = PredictModelBlock()
     processor: ProcessorSection = ProcessorSection()
 

@@ -1,10 +1,10 @@
-"""The sections of a run file that say how to train: duration, optimiser, learning rate, data, clipping."""
+"""The sections of a run file that say how to train: duration, optimiser, learning rate, data, clipping, checkpoints."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llama31_core.run_config.section import Section
 from llama31_core.training.schedule import ScheduleType
@@ -16,6 +16,7 @@ class RunnerConfig(Section):
     epochs: int = Field(default=1, ge=1)
     batch_size: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
 
 
 class OptimizerConfig(Section):
@@ -76,7 +77,39 @@ class DatasetConfig(Section):
 
 
 class RunnerWrapperConfig(Section):
-    """Gradient clipping by global norm."""
+    """Gradient clipping by global norm, what is added to the loss, and its scaling.
+
+    The scale falls by `loss_scale_factor` at an overflow and rises by it after `scale_window` good steps; 1 keeps it.
+    """
 
     use_clip_grad: bool = True
     max_grad_norm: float = Field(default=1.0, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    z_loss: float = Field(default=0.0, ge=0)
+    loss_scale_value: float = Field(default=1.0, ge=1)
+    loss_scale_factor: float = Field(default=1.0, ge=1)
+    scale_window: int = Field(default=1000, ge=1)
+
+
+class RecomputeConfig(Section):
+    """What the backward pass computes again to save memory: whole layers, or the two wide products of each.
+
+    MindFormers takes a number of layers for each stage too; any number but zero is every layer here.
+    """
+
+    recompute: bool = False
+    select_recompute: bool = False
+
+    @field_validator("recompute", "select_recompute", mode="before")
+    @classmethod
+    def _layers_of_stages(cls, value: object) -> object:
+        return any(value) if isinstance(value, list) and all(isinstance(count, int) for count in value) else value
+
+
+class CheckpointMonitorConfig(Section):
+    """Checkpoints to resume from, every so many steps; the newest ones are kept."""
+
+    type: Literal["CheckpointMonitor"]
+    save_checkpoint_steps: int = Field(default=100, ge=1)
+    keep_checkpoint_max: int = Field(default=2, ge=1)
+    async_save: bool = False

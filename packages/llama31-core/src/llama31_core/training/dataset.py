@@ -1,7 +1,8 @@
 """Training data: MindRecord files in, batches of tokens and labels out.
 
 A record holds `seq_length + 1` token ids and as many labels, where `labels[i]` is `input_ids[i]` or -100. The shift by
-one happens here: T tokens predict the T labels that stand one place further on.
+one happens here: T tokens predict the T labels that stand one place further on. Packed records have `segment_ids` and
+`position_ids` too, which say what document a token belongs to and its place there.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ import numpy.typing as npt
 
 from llama31_core.config import ModelConfig
 from llama31_core.errors import DatasetError
+from llama31_core.training.batch import IGNORED_LABEL, Batch
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST_SUFFIX = ".manifest.json"
 _COLUMNS = ["input_ids", "labels"]
-IGNORED_LABEL = -100
-
-Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
+_PACKED_COLUMNS = ["segment_ids", "position_ids"]
 
 
 class MindRecordDataset:
     """Batches of a MindRecord file, or of all those of a directory.
+
+    The order of an epoch is worked out from the seed, so a step is the same records whether a run began there or came
+    there from the beginning.
 
     Args:
         path: what `llama31-data preprocess --output_file` named, or a directory of such files.
@@ -40,6 +43,7 @@ class MindRecordDataset:
         batch_size: sequences of a batch; records that do not fill one are left out, and the log says how many.
         seed: of the shuffle; None keeps the order of the records.
         num_workers: threads that read.
+        rank, num_ranks: of this process among those that share the data; a global batch is `num_ranks` batches.
 
     Raises:
         DatasetError: nothing there, damaged, made for another model or sequence length, or less than one batch.
@@ -54,65 +58,102 @@ class MindRecordDataset:
         batch_size: int,
         seed: int | None,
         num_workers: int,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
-        files = find_records(Path(path))
-        for manifest in sorted({file.with_name(file.name + _MANIFEST_SUFFIX) for file in files}):
-            check_manifest(manifest, config, seq_length)
-        if seed is not None:
-            ds.config.set_seed(seed)
+        self._files = [str(file) for file in find_records(Path(path))]
+        manifests = sorted({Path(file).with_name(Path(file).name + _MANIFEST_SUFFIX) for file in self._files})
+        packed = {check_manifest(manifest, config, seq_length) for manifest in manifests}
+        if len(packed) > 1:
+            raise DatasetError(f"{path} holds packed records and others; train on one kind")
+        self._columns = _COLUMNS + (_PACKED_COLUMNS if packed == {True} else [])
+        self._path, self._seed, self._num_workers = path, seed, num_workers
+        self._width, self._vocab_size = seq_length + 1, config.vocab_size
+        self._batch_size, self._rank, self._num_ranks = batch_size, rank, num_ranks
         try:
-            records = ds.MindDataset(
-                [str(file) for file in files],
-                columns_list=_COLUMNS,
-                num_parallel_workers=num_workers,
-                shuffle=seed is not None,
-            )
-            self.num_records = records.get_dataset_size()
+            self.num_records: int = ds.MindDataset(self._files, columns_list=self._columns).get_dataset_size()
         except (RuntimeError, ValueError) as error:
             raise DatasetError(f"{path} cannot be read as MindRecord: {_reason(error)}") from error
-        if self.num_records < batch_size:
-            raise DatasetError(f"{path} holds {self.num_records} records, less than one batch of {batch_size}")
-        if self.num_records % batch_size:
-            _LOG.warning("%d of %d records do not fill a batch", self.num_records % batch_size, self.num_records)
-        self.steps_per_epoch = self.num_records // batch_size
-        self._batches = records.batch(batch_size, drop_remainder=True)
-        self._width = seq_length + 1
-        self._vocab_size = config.vocab_size
-        self._path = path
+        step_records = batch_size * num_ranks
+        if self.num_records < step_records:
+            raise DatasetError(f"{path} holds {self.num_records} records, less than one batch of {step_records}")
+        if self.num_records % step_records:
+            _LOG.warning("%d of %d records do not fill a batch", self.num_records % step_records, self.num_records)
+        self.batches_per_epoch = self.num_records // step_records
 
-    def epochs(self, count: int) -> Iterator[Batch]:
-        """Tokens (B, T) and labels (B, T) of `count` passes over the data, each in an order of its own.
+    @property
+    def is_packed(self) -> bool:
+        """Whether a record holds several documents."""
+        return len(self._columns) > len(_COLUMNS)
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Batches without end, epoch after epoch, from number `start` on.
 
         Raises:
             DatasetError: damaged data, records of another width, or ids that the vocabulary does not have.
         """
-        for batch in self._read(count):
-            ids, labels = (batch[column] for column in _COLUMNS)
-            if ids.shape[1] != self._width or labels.shape != ids.shape:
-                raise DatasetError(
-                    f"{self._path} has records of {ids.shape[1]} ids and {labels.shape[1]} labels, expected "
-                    f"{self._width} of each; set model.model_config.seq_length to {ids.shape[1] - 1}"
-                )
-            known = (ids >= 0) & (ids < self._vocab_size)
-            known &= (labels == IGNORED_LABEL) | ((labels >= 0) & (labels < self._vocab_size))
-            if not known.all():
-                raise DatasetError(
-                    f"{self._path} has ids or labels outside the vocabulary of {self._vocab_size} (labels may be "
-                    f"{IGNORED_LABEL}); preprocess again with the model's own tokenizer"
-                )
-            yield ids[:, :-1], labels[:, 1:]
+        epoch, done = divmod(start, self.batches_per_epoch)
+        while True:
+            numbers = self._order(epoch)[done:]
+            for row, columns in zip(numbers, self._read(numbers), strict=True):
+                yield self._checked(columns, tuple(row.tolist()))
+            epoch, done = epoch + 1, 0
 
-    def _read(self, count: int) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Record numbers (batches, batch_size) of this rank in an epoch."""
+        order = np.arange(self.num_records)
+        if self._seed is not None:
+            order = np.random.default_rng([self._seed, epoch]).permutation(self.num_records)
+        used = order[: self.batches_per_epoch * self._batch_size * self._num_ranks]
+        return used.reshape(self.batches_per_epoch, self._num_ranks, self._batch_size)[:, self._rank]
+
+    def _checked(self, columns: dict[str, npt.NDArray[np.int32]], numbers: tuple[int, ...]) -> Batch:
+        ids, labels = columns["input_ids"], columns["labels"]
+        if any(column.shape != ids.shape for column in columns.values()) or ids.shape[1] != self._width:
+            widths = ", ".join(f"{column.shape[1]} {name}" for name, column in columns.items())
+            raise DatasetError(
+                f"{self._path} has records of {widths}, expected {self._width} of each; "
+                f"set model.model_config.seq_length to {ids.shape[1] - 1}"
+            )
+        known = (ids >= 0) & (ids < self._vocab_size)
+        known &= (labels == IGNORED_LABEL) | ((labels >= 0) & (labels < self._vocab_size))
+        if not known.all():
+            raise DatasetError(
+                f"{self._path} has ids or labels outside the vocabulary of {self._vocab_size} (labels may be "
+                f"{IGNORED_LABEL}); preprocess again with the model's own tokenizer"
+            )
+        if not self.is_packed:
+            return Batch.unpacked(_cut(ids, last=False), _cut(labels, last=True), numbers)
+        segments, positions = columns["segment_ids"], columns["position_ids"]
+        if (positions < 0).any() or (positions >= self._width).any():
+            raise DatasetError(f"{self._path} has position_ids outside 0 to {self._width - 1}; preprocess again")
+        # The first token of a document is nothing that the last one of the document before it could predict.
+        targets = np.where(segments[:, 1:] == segments[:, :-1], labels[:, 1:], np.int32(IGNORED_LABEL))
+        tokens, positions, segments = (_cut(column, last=False) for column in (ids, positions, segments))
+        return Batch(tokens, targets, positions, segments, numbers)
+
+    def _read(self, numbers: npt.NDArray[np.int64]) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            iterator = self._batches.create_dict_iterator(num_epochs=count, output_numpy=True)
+            records = ds.MindDataset(
+                self._files,
+                columns_list=self._columns,
+                num_parallel_workers=self._num_workers,
+                sampler=ds.SubsetSampler(numbers.ravel().tolist()),
+            )
+            batches = records.batch(self._batch_size, drop_remainder=True)
+            iterator = batches.create_dict_iterator(num_epochs=1, output_numpy=True)
             if threading.current_thread() is threading.main_thread():
                 for number, handler in handlers.items():  # the iterator puts its own in their place
                     signal.signal(number, handler)
-            for _ in range(count):
-                yield from iterator
+            yield from iterator
         except RuntimeError as error:
             raise DatasetError(f"{self._path} cannot be read to its end: {_reason(error)}; preprocess again") from error
+
+
+def _cut(column: npt.NDArray[np.int32], *, last: bool) -> npt.NDArray[np.int32]:
+    """Without its first element, or without its last."""
+    return np.ascontiguousarray(column[:, 1:] if last else column[:, :-1])
 
 
 def find_records(path: Path) -> list[Path]:
@@ -140,15 +181,15 @@ def _reason(error: Exception) -> str:
     return (told or ["no reason given"])[0]
 
 
-def check_manifest(path: Path, config: ModelConfig, seq_length: int) -> None:
-    """Compare what the data was made for with what is to be trained.
+def check_manifest(path: Path, config: ModelConfig, seq_length: int) -> bool:
+    """Compare what the data was made for with what is to be trained; gives whether the records are packed.
 
     Raises:
         DatasetError: naming the first field that differs. Data of other tools has no manifest: a warning says so.
     """
     if not path.is_file():
         _LOG.warning("%s does not exist: the data's vocabulary and sequence length go unchecked", path)
-        return
+        return False
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -165,14 +206,15 @@ def check_manifest(path: Path, config: ModelConfig, seq_length: int) -> None:
             f"{path}: the data's tokenizer has {manifest['vocab_size']} tokens, the model {config.vocab_size}; "
             f"preprocess again with the model's own tokenizer"
         )
-    packed = set(manifest.get("columns", _COLUMNS)) - set(_COLUMNS)
-    if packed:
+    columns = set(manifest.get("columns", _COLUMNS))
+    if columns not in (set(_COLUMNS), set(_COLUMNS + _PACKED_COLUMNS)):
         raise DatasetError(
-            f"{path}: the records are packed (they have {', '.join(sorted(packed))}), and training here would let "
-            f"documents see each other; preprocess without --packing"
+            f"{path}: the records have {', '.join(sorted(columns))}, expected {', '.join(_COLUMNS)}, and "
+            f"{', '.join(_PACKED_COLUMNS)} if packed; preprocess again"
         )
     bos, eos = manifest.get("bos_token_id"), manifest.get("eos_token_id")
     if None not in (bos, config.bos_token_id) and bos != config.bos_token_id:
         raise DatasetError(f"{path}: the data has bos id {bos}, the model {config.bos_token_id}; preprocess again")
     if eos is not None and config.eos_token_ids and eos not in config.eos_token_ids:
         raise DatasetError(f"{path}: the data has eos id {eos}, the model {config.eos_token_ids}; preprocess again")
+    return columns != set(_COLUMNS)

@@ -1,38 +1,64 @@
-"""AdamW with global-norm clipping: gradients in, weights changed in place, the norm out."""
+"""AdamW with global-norm clipping, a group of weights at a time: gradients in, weights changed in place.
+
+A group is a layer, or what stands outside the layers. One graph serves all layers; its parameters are pointed at a
+layer's weights and moments as in weights.py.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import mindspore as ms
 import numpy as np
+import numpy.typing as npt
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-_square_sum = ops.MultitypeFuncGraph("square_sum")
-_update = ops.MultitypeFuncGraph("update")
+from llama31_core.training.weights import TrainedWeights, layer_name
+
+MEAN, VARIANCE = "adam_mean.", "adam_variance."
 
 
-@_square_sum.register("Tensor")  # type: ignore[untyped-decorator]
-def _square_sum_of(gradient: Tensor) -> Tensor:
-    return ops.square(gradient).sum()
+class _SquareSum(nn.Cell):  # type: ignore[misc]
+    """The sum of squares of all elements of all gradients of a group."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self._half_square_sum = ops.L2Loss()
+
+    def construct(self, *gradients: Tensor) -> Tensor:
+        sums: tuple[Tensor, ...] = ()
+        for gradient in gradients:
+            sums += (self._half_square_sum(gradient),)
+        return ops.stack(sums).sum() * 2.0
 
 
-@_update.register("Function", "Number", "Number", *["Tensor"] * 8)  # type: ignore[untyped-decorator]
-def _update_one(
-    adam: ops.Primitive,
-    beta1: float,
-    beta2: float,
-    rate: Tensor,
-    eps: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    decay: Tensor,
-    gradient: Tensor,
-) -> Tensor:
-    return adam(weight, mean, variance, rate, beta1, beta2, eps, decay, gradient * scale)
+class _Update(nn.Cell):  # type: ignore[misc]
+    """One step of a group's weights and moments, in place."""
+
+    def __init__(self, parameters: list[Parameter], beta1: float, beta2: float) -> None:
+        super().__init__(auto_prefix=False)
+        self._beta1, self._beta2 = beta1, beta2
+        self.weights = ParameterTuple(parameters)
+        self.means = self.weights.clone(MEAN.rstrip("."), "zeros")
+        self.variances = self.weights.clone(VARIANCE.rstrip("."), "zeros")
+        self._is_decayed = tuple(len(parameter.shape) > 1 for parameter in parameters)
+        self._adam = ops.AdamWeightDecay()
+
+    def construct(self, rate: Tensor, eps: Tensor, decay: Tensor, scale: Tensor, *gradients: Tensor) -> Tensor:
+        done = rate
+        for i in range(len(self.weights)):
+            gradient = gradients[i] * scale
+            own_decay = decay if self._is_decayed[i] else ops.zeros_like(decay)
+            updated = self._adam(
+                self.weights[i], self.means[i], self.variances[i], rate, self._beta1, self._beta2, eps, own_decay,
+                gradient,
+            )  # fmt: skip
+            done = ops.depend(done, updated)
+        return done
 
 
-class AdamW(nn.Cell):  # type: ignore[misc]
+class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2); norms are not decayed.
 
     MindSpore's fused operator leaves the bias correction out. With c1 = 1 - beta1^t and c2 = 1 - beta2^t, the
@@ -40,46 +66,61 @@ class AdamW(nn.Cell):  # type: ignore[misc]
     rate `lr * sqrt(c2) / c1`, epsilon `eps * sqrt(c2)` and decay `decay * c1 / sqrt(c2)`.
 
     Args:
-        parameters: what is trained.
+        weights: what is trained of them is updated.
         beta1, beta2, eps, weight_decay: as in the paper.
-        max_norm: gradients are scaled down so that their global norm is at most this; None leaves them.
+
+    Attributes:
+        moments: `adam_mean.NAME` and `adam_variance.NAME` of every trained weight.
+        num_updates: how many have been made; the bias correction goes by it.
     """
 
-    def __init__(
-        self,
-        parameters: list[Parameter],
-        *,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        max_norm: float | None,
-    ) -> None:
-        super().__init__(auto_prefix=False)
-        self._beta1, self._beta2, self._eps = beta1, beta2, eps
-        self._max_norm = float("inf") if max_norm is None else max_norm
-        self._decay = weight_decay
-        self.weights = ParameterTuple(parameters)
-        self.means = self.weights.clone("adam_mean", "zeros")
-        self.variances = self.weights.clone("adam_variance", "zeros")
-        self._is_decayed = tuple(len(parameter.shape) > 1 for parameter in parameters)
-        self._map = ops.HyperMap()
-        self._adam = ops.AdamWeightDecay()
+    def __init__(self, weights: TrainedWeights, *, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
+        self._weights = weights
+        self._beta1, self._beta2, self._eps, self._decay = beta1, beta2, eps, weight_decay
+        self.num_updates = 0
+        self.trained = [name for name in weights.names() if weights.is_trained(name)]
+        self.moments: dict[str, Tensor] = {}
+        for name in self.trained:
+            for kind in (MEAN, VARIANCE):
+                self.moments[kind + name] = Tensor(np.zeros(weights.shape(name), np.float32))
+        block = [p for p in weights.block.get_parameters() if p.requires_grad]
+        outer = [p for p in weights.outer_parameters.values() if p.requires_grad]
+        self._layer = _Update(block, beta1, beta2) if block else None
+        self._outer = _Update(outer, beta1, beta2) if outer else None
+        self._square_sum = _SquareSum()
 
-    def scalars(self, step: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Rate, epsilon and decay of a step (counted from 0) with the bias correction folded in."""
-        c1, c2 = 1 - self._beta1 ** (step + 1), float(np.sqrt(1 - self._beta2 ** (step + 1)))
-        values = (learning_rate * c2 / c1, self._eps * c2, self._decay * c1 / c2)
-        rate, eps, decay = (Tensor(value, ms.float32) for value in values)
-        return rate, eps, decay
+    def load(self, moments: Mapping[str, npt.NDArray[np.float32]], num_updates: int) -> None:
+        """Go on from the moments of a checkpoint."""
+        self.moments = {name: Tensor(moments[name]) for name in self.moments}
+        self.num_updates = num_updates
 
-    def construct(self, gradients: tuple[Tensor, ...], rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
-        """Change the weights and give the gradients' global norm before clipping."""
-        norm = ops.sqrt(ops.addn(self._map(_square_sum, gradients)))
-        scale = ops.minimum(self._max_norm / (norm + 1e-6), ops.ones_like(norm))
-        decays: tuple[Tensor, ...] = ()
-        for is_decayed in self._is_decayed:
-            decays += (decay if is_decayed else ops.zeros_like(decay),)
-        update = ops.partial(_update, self._adam, self._beta1, self._beta2, rate, eps, scale)
-        updated = self._map(update, self.weights, self.means, self.variances, decays, gradients)
-        return ops.depend(norm, updated)
+    def square_sum(self, gradients: Mapping[str, Tensor]) -> float:
+        """Sum of squares of the gradients of all weights here."""
+        groups = (names for _, names in self._groups())
+        return math.fsum(float(self._square_sum(*(gradients[name] for name in names))) for names in groups)
+
+    def step(self, gradients: Mapping[str, Tensor], learning_rate: float, scale: float) -> None:
+        """Update every trained weight with its gradient times `scale`."""
+        self.num_updates += 1
+        c1, c2 = 1 - self._beta1**self.num_updates, math.sqrt(1 - self._beta2**self.num_updates)
+        numbers = (learning_rate * c2 / c1, self._eps * c2, self._decay * c1 / c2, scale)
+        scalars = tuple(Tensor(number, ms.float32) for number in numbers)
+        for index, names in self._groups():
+            update = self._outer if index is None else self._layer
+            assert update is not None
+            if index is not None:
+                self._weights.use_layer(index)
+            for name, mean, variance in zip(names, update.means, update.variances, strict=True):
+                mean.set_data(self.moments[MEAN + name])
+                variance.set_data(self.moments[VARIANCE + name])
+            update(*scalars, *(gradients[name] for name in names))
+
+    def _groups(self) -> list[tuple[int | None, list[str]]]:
+        """Index of the layer, or None, and the names of its trained weights in the order of its graph."""
+        groups: list[tuple[int | None, list[str]]] = []
+        if self._outer is not None:
+            groups.append((None, [parameter.name for parameter in self._outer.weights]))
+        if self._layer is not None:
+            names = [parameter.name for parameter in self._layer.weights]
+            groups += [(i, [layer_name(name, i) for name in names]) for i in self._weights.layer_indices]
+        return groups

@@ -7,7 +7,9 @@ from typing import Literal
 
 from llama31_core.errors import ConfigError
 
-ScheduleType = Literal["CosineWithWarmUpLR", "ConstantWarmUpLR", "LinearWithWarmUpLR"]
+ScheduleType = Literal["CosineWithWarmUpLR", "ConstantWarmUpLR", "LinearWithWarmUpLR", "WarmUpStableDecayLR"]
+
+_DECAY_SHARE = 0.1
 
 
 def learning_rate(
@@ -17,13 +19,20 @@ def learning_rate(
 
     It rises linearly from 0 to `peak` during `warmup_steps`, then stays (Constant), falls linearly (Linear) or falls
     along half a cosine (Cosine; Loshchilov and Hutter 2017, equation 5, one cycle) to `end` at `total_steps`.
+    WarmUpStableDecay stays at `peak` and falls linearly during the last tenth of all steps (Hu et al. 2024, MiniCPM,
+    section 4).
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
     if schedule == "ConstantWarmUpLR":
         return peak
+    if schedule == "WarmUpStableDecayLR":
+        warmup_steps = max(warmup_steps, total_steps - math.ceil(total_steps * _DECAY_SHARE))
+        if step < warmup_steps:
+            return peak
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    remaining = 1 - progress if schedule == "LinearWithWarmUpLR" else 0.5 * (1 + math.cos(math.pi * progress))
+    is_cosine = schedule == "CosineWithWarmUpLR"
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if is_cosine else 1 - progress
     return end + (peak - end) * remaining
 
 

@@ -1,45 +1,74 @@
-"""One training step as one graph: tokens and labels in, loss and gradient norm out, weights changed in place.
-
-Shapes: B sequences, T tokens of each.
-"""
+"""One training step: micro-batches in; loss, gradient norm and changed weights out."""
 
 from __future__ import annotations
 
-import mindspore as ms
-from mindspore import Tensor, nn, ops
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from llama31_core.model import Llama
-from llama31_core.training.dataset import IGNORED_LABEL
+import numpy as np
+
+from llama31_core.training.backprop import Backprop
+from llama31_core.training.batch import IGNORED_LABEL, Batch
+from llama31_core.training.loss_scale import LossScale
 from llama31_core.training.optim import AdamW
+from llama31_core.training.reduction import OneProcess, Reduction
 
 
-class NextTokenLoss(nn.Cell):  # type: ignore[misc]
-    """Mean cross-entropy over the labels that are trained on."""
+@dataclass(frozen=True)
+class StepResult:
+    """`loss` is the mean over the labels of all micro-batches of all ranks, before the update; `grad_norm` is global
+    and before clipping; `is_overflow`: the gradients were no numbers, and nothing was changed."""
 
-    def __init__(self, llama: Llama) -> None:
-        super().__init__(auto_prefix=False)
-        self.llama = llama
-
-    def construct(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """The loss, where `labels[b, t]` is the token to follow `tokens[b, t]`, or -100."""
-        positions_BT = ops.zeros_like(tokens_BT) + ops.arange(tokens_BT.shape[1]).astype(ms.int32)
-        logits = self.llama(tokens_BT, positions_BT, ops.zeros_like(tokens_BT))
-        logits = logits.reshape(-1, logits.shape[-1])
-        return ops.cross_entropy(logits, labels_BT.reshape(-1), ignore_index=IGNORED_LABEL)
+    loss: float
+    grad_norm: float
+    num_label_tokens: int
+    is_overflow: bool
 
 
-class TrainStep(nn.Cell):  # type: ignore[misc]
-    """Forward, backward and update."""
+class TrainStep:
+    """Accumulates gradients over micro-batches, clips and updates.
 
-    def __init__(self, loss: NextTokenLoss, optimizer: AdamW) -> None:
-        super().__init__(auto_prefix=False)
-        self.loss = loss
-        self.optimizer = optimizer
-        self._loss_and_gradients = ops.value_and_grad(loss, None, optimizer.weights)
+    The loss is divided by the labels of the whole step before anything is differentiated, so that every label weighs
+    the same whatever micro-batch or rank it is in.
 
-    def construct(
-        self, tokens_BT: Tensor, labels_BT: Tensor, rate: Tensor, eps: Tensor, decay: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Loss before the update, and the gradients' norm before clipping."""
-        loss, gradients = self._loss_and_gradients(tokens_BT, labels_BT)
-        return loss, self.optimizer(gradients, rate, eps, decay)
+    Args:
+        max_norm: gradients are scaled down so that their global norm is at most this; None leaves them.
+        loss_scale: factor of the loss during differentiation.
+        reduction: sums over ranks.
+    """
+
+    def __init__(
+        self,
+        backprop: Backprop,
+        optimizer: AdamW,
+        *,
+        max_norm: float | None,
+        loss_scale: LossScale | None = None,
+        reduction: Reduction | None = None,
+    ) -> None:
+        self._backprop = backprop
+        self._optimizer = optimizer
+        self._max_norm = math.inf if max_norm is None else max_norm
+        self.loss_scale = loss_scale or LossScale()
+        self._reduction = reduction or OneProcess()
+
+    def __call__(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """Take a step; a step without a label changes nothing and has loss 0."""
+        own = sum(int(np.count_nonzero(batch.labels != IGNORED_LABEL)) for batch in micro_batches)
+        num_labels = round(self._reduction.sum_number(float(own)))
+        if not num_labels:
+            return StepResult(0.0, 0.0, 0, is_overflow=False)
+        factor = self.loss_scale.value / num_labels
+        self._backprop.clear()
+        total = math.fsum(self._backprop.accumulate(batch, factor) for batch in micro_batches)
+        loss = self._reduction.sum_number(total) / num_labels
+        gradients = self._reduction.sum_gradients(self._backprop.gradients)
+        squares = self._reduction.sum_squares(self._optimizer.square_sum(gradients))
+        norm = math.sqrt(squares) / self.loss_scale.value if math.isfinite(squares) else math.inf
+        is_overflow = not math.isfinite(norm)
+        if not is_overflow and math.isfinite(loss):
+            clip = min(1.0, self._max_norm / (norm + 1e-6))
+            self._optimizer.step(gradients, learning_rate, clip / self.loss_scale.value)
+        self.loss_scale.update(is_overflow=is_overflow)
+        return StepResult(loss, norm, num_labels, is_overflow)

@@ -7,42 +7,34 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
-from mindspore.nn.utils import no_init_parameters
 
-from llama31_core import __version__
-from llama31_core.checkpoint import (
-    check_weights,
-    describe_file,
-    open_weights,
-    save_weights,
-    staged_directory,
-    write_manifest,
-)
+from llama31_core.checkpoint import WeightsReader, check_weights, open_weights
+from llama31_core.checkpoint.dtypes import Array
 from llama31_core.checkpoint.staging import check_destination
 from llama31_core.config import ModelConfig
-from llama31_core.errors import ConfigError, Llama31Error
-from llama31_core.model import CausalAttention, Llama
+from llama31_core.errors import CheckpointError, ConfigError, Llama31Error
 from llama31_core.run_config import RunConfig
-from llama31_core.training.dataset import IGNORED_LABEL, MindRecordDataset
+from llama31_core.training.attention import BlockwiseAttention
+from llama31_core.training.backprop import Backprop
+from llama31_core.training.batch import Batch
+from llama31_core.training.block import Recompute
+from llama31_core.training.checkpoints import Checkpoints, ModelFiles, TrainerState, load_checkpoint
+from llama31_core.training.dataset import MindRecordDataset
+from llama31_core.training.head import Objective
+from llama31_core.training.loss_scale import LossScale
 from llama31_core.training.optim import AdamW
 from llama31_core.training.schedule import learning_rate, plan_warmup
-from llama31_core.training.step import NextTokenLoss, TrainStep
+from llama31_core.training.step import TrainStep
+from llama31_core.training.weights import TrainedWeights
 
 _LOG = logging.getLogger(__name__)
-_KEPT_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -58,11 +50,12 @@ class StepReport:
     step_time_s: float
     num_tokens: int
     num_label_tokens: int
+    is_overflow: bool = False
 
     def __str__(self) -> str:
         return (
             f"epoch: {self.epoch}, step: [{self.step}/{self.num_steps}], loss: {self.loss:.4f}, "
-            f"lr: {self.learning_rate:.3e}, global_norm: {self.grad_norm:.3f}, "
+            f"lr: {self.learning_rate:.3e}, overflow: {self.is_overflow}, global_norm: {self.grad_norm:.3f}, "
             f"per_step_time: {self.step_time_s * 1e3:.0f}ms, {self.num_tokens / self.step_time_s:.0f} tokens/s, "
             f"{self.num_label_tokens} label tokens"
         )
@@ -72,6 +65,11 @@ class Trainer:
     """One run on one device.
 
     Everything that can be wrong is checked here, before the first step: configuration, data, weights, output.
+
+    Attributes:
+        config: the model.
+        num_steps: of the whole run.
+        start_step: steps that were taken before; 0 unless the run is resumed.
 
     Raises:
         ConfigError, CheckpointError, DatasetError: naming the file and key.
@@ -87,11 +85,33 @@ class Trainer:
                 f"{source}: parallel_config makes {run.parallel.world_size} ranks, this trains on one; "
                 f"set use_parallel=False"
             )
+        self._run, self._source = run, source
         self._model_dir = Path(run.load_checkpoint)
         self._output_dir = Path(run.output_dir) / "model"
         self.config = ModelConfig.from_pretrained(self._model_dir)
         run.model_section.check_against(self.config, source)
-        self._dataset = MindRecordDataset(
+        self._dataset = self._open_dataset()
+        self._accumulated = run.runner_config.gradient_accumulation_steps
+        self._steps_per_epoch = self._dataset.batches_per_epoch // self._accumulated
+        if not self._steps_per_epoch:
+            raise ConfigError(
+                f"{source}: runner_config.gradient_accumulation_steps is {self._accumulated}, the data has "
+                f"{self._dataset.batches_per_epoch} batches an epoch; lower one of them"
+            )
+        all_steps = run.runner_config.epochs * self._steps_per_epoch
+        self.num_steps = min(all_steps, run.runner_config.max_steps or all_steps)
+        if run.runner_config.max_steps is not None and run.runner_config.max_steps > all_steps:
+            _LOG.warning("the data ends after %d steps, before runner_config.max_steps", all_steps)
+        schedule = run.lr_schedule
+        self._total_steps = self.num_steps if schedule.total_steps == -1 else schedule.total_steps
+        self._warmup_steps = plan_warmup(schedule.warmup_steps, schedule.warmup_ratio, self._total_steps)
+        self._files = ModelFiles(self._model_dir, self.config)
+        self._plan_output()
+        self._build()
+
+    def _open_dataset(self) -> MindRecordDataset:
+        run = self._run
+        return MindRecordDataset(
             run.train_dataset.data_loader.dataset_dir,
             self.config,
             seq_length=run.model_section.seq_length,
@@ -99,94 +119,164 @@ class Trainer:
             seed=run.seed if run.train_dataset.data_loader.shuffle else None,
             num_workers=run.train_dataset.num_parallel_workers,
         )
-        all_steps = run.runner_config.epochs * self._dataset.steps_per_epoch
-        self.num_steps = min(all_steps, run.runner_config.max_steps or all_steps)
-        if run.runner_config.max_steps is not None and run.runner_config.max_steps > all_steps:
-            _LOG.warning("the data ends after %d steps, before runner_config.max_steps", all_steps)
-        self._run = run
-        self._total_steps = self.num_steps if run.lr_schedule.total_steps == -1 else run.lr_schedule.total_steps
-        self._warmup_steps = plan_warmup(run.lr_schedule.warmup_steps, run.lr_schedule.warmup_ratio, self._total_steps)
+
+    def _plan_output(self) -> None:
+        """See that the results can be written, and find what to resume from."""
         check_destination(self._output_dir)
-        _check_room(self._output_dir, 4 * self.config.num_parameters)
-        self._llama, self._optimizer, self._step = self._build()
-
-    def _build(self) -> tuple[Llama, AdamW, TrainStep]:
-        ms.set_context(mode=ms.GRAPH_MODE)
-        with open_weights(self._model_dir) as weights:
-            check_weights(weights, self.config)
-            with no_init_parameters():
-                llama = Llama(self.config, CausalAttention)
-            for name, parameter in llama.parameters_and_names():
-                parameter.set_data(Tensor(weights.read(name).astype(np.float32)))
-        beta1, beta2 = self._run.optimizer.moments
-        wrapper = self._run.runner_wrapper
-        optimizer = AdamW(
-            llama.trainable_params(),
-            beta1=beta1,
-            beta2=beta2,
-            eps=self._run.optimizer.eps,
-            weight_decay=self._run.optimizer.weight_decay,
-            max_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
+        monitor = self._run.callbacks[0] if self._run.callbacks else None
+        num_copies = 1 if monitor is None else 1 + 3 * (monitor.keep_checkpoint_max + 1)
+        _check_room(self._output_dir, 4 * self.config.num_parameters * num_copies)
+        self._save_steps = 0 if monitor is None else monitor.save_checkpoint_steps
+        self._checkpoints = Checkpoints(
+            Path(self._run.output_dir).absolute() / "checkpoints",
+            self._files,
+            keep=1 if monitor is None else monitor.keep_checkpoint_max,
+            is_async=monitor is not None and monitor.async_save,
         )
-        step = TrainStep(NextTokenLoss(llama), optimizer)
-        step.set_train()
-        return llama, optimizer, step
+        newest = self._checkpoints.newest()
+        if newest is not None and not self._run.resume_training:
+            raise ConfigError(
+                f"output_dir: {newest} is there; set resume_training=True to go on from it, or another output_dir"
+            )
+        if newest is None and self._run.resume_training:
+            _LOG.warning("there is no checkpoint in %s: the run begins at its first step", self._run.output_dir)
+        self._resumed_from = newest
 
-    def train(self, report: Callable[[StepReport], None]) -> Path:
-        """Run all steps and save the model; gives the model directory that was written.
+    def _build(self) -> None:
+        ms.set_context(mode=ms.GRAPH_MODE)
+        run, wrapper = self._run, self._run.runner_wrapper
+        self._weights = TrainedWeights(self.config, BlockwiseAttention)
+        with open_weights(self._resumed_from or self._model_dir) as weights:
+            check_weights(weights, self.config)
+            self._weights.load(_finite(weights))
+        beta1, beta2 = run.optimizer.moments
+        decay = run.optimizer.weight_decay
+        self._optimizer = AdamW(self._weights, beta1=beta1, beta2=beta2, eps=run.optimizer.eps, weight_decay=decay)
+        recompute: Recompute = "select" if run.recompute_config.select_recompute else "none"
+        recompute = "full" if run.recompute_config.recompute else recompute
+        objective = Objective(wrapper.label_smoothing, wrapper.z_loss)
+        self._step = TrainStep(
+            Backprop(self._weights, objective, recompute),
+            self._optimizer,
+            max_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
+            loss_scale=LossScale(wrapper.loss_scale_value, wrapper.loss_scale_factor, wrapper.scale_window),
+        )
+        self.start_step = 0 if self._resumed_from is None else self._resume(self._resumed_from)
+
+    def _resume(self, checkpoint: Path) -> int:
+        shapes = {name: tuple(moment.shape) for name, moment in self._optimizer.moments.items()}
+        moments, state = load_checkpoint(checkpoint, shapes)
+        for key, value in self._order().items():
+            if state.order.get(key) != value:
+                raise ConfigError(
+                    f"{self._source}: {checkpoint} was made with {key} {state.order.get(key)}, the run has {value}; "
+                    "the order of the data would differ, so set it back, or begin anew in another output_dir"
+                )
+        self._optimizer.load(moments, state.num_updates)
+        self._step.loss_scale.value = state.loss_scale
+        self._step.loss_scale.num_good_steps = state.num_good_steps
+        return state.step
+
+    def _order(self) -> dict[str, int | None]:
+        """What the order of the data follows from."""
+        shuffled = self._run.train_dataset.data_loader.shuffle
+        return {
+            "seed": self._run.seed if shuffled else None,
+            "num_records": self._dataset.num_records,
+            "batch_size": self._run.runner_config.batch_size,
+            "gradient_accumulation_steps": self._accumulated,
+        }
+
+    def train(self, report: Callable[[StepReport], None], should_stop: Callable[[], bool] = lambda: False) -> Path:
+        """Run all steps and save the model.
+
+        Args:
+            report: called after every step.
+            should_stop: asked after every step; if it says so, a checkpoint is written and the run ends there.
+
+        Returns:
+            The model directory that was written, or the checkpoint of a run that was stopped.
 
         Raises:
-            Llama31Error: the loss is no longer a number; nothing is saved then.
+            Llama31Error: the loss is no longer a number (the weights of the step before are not saved), or a
+                checkpoint cannot be written.
         """
-        schedule = self._run.lr_schedule
-        batches = self._dataset.epochs(self._run.runner_config.epochs)
-        for index, (tokens, labels) in zip(range(self.num_steps), batches, strict=False):
-            if (labels == IGNORED_LABEL).all():
-                _LOG.warning("step %d: no label of the batch is trained on; the step is left out", index + 1)
-                continue
-            started = time.perf_counter()
-            rate = learning_rate(
-                index,
-                schedule=schedule.type,
-                peak=schedule.learning_rate,
-                end=schedule.lr_end,
-                warmup_steps=self._warmup_steps,
-                total_steps=self._total_steps,
-            )
-            loss, norm = self._step(Tensor(tokens), Tensor(labels), *self._optimizer.scalars(index, rate))
-            done = StepReport(
-                epoch=index // self._dataset.steps_per_epoch + 1,
-                step=index + 1,
-                num_steps=self.num_steps,
-                loss=float(loss),
-                learning_rate=rate,
-                grad_norm=float(norm),
-                step_time_s=time.perf_counter() - started,
-                num_tokens=tokens.size,
-                num_label_tokens=int((labels != IGNORED_LABEL).sum()),
-            )
-            if not (math.isfinite(done.loss) and math.isfinite(done.grad_norm)):
-                raise Llama31Error(
-                    f"step {done.step}: loss {done.loss} and gradient norm {done.grad_norm} are no numbers to go on "
-                    f"with; lower lr_schedule.learning_rate or look at the data of this step"
-                )
-            report(done)
-        return self._save()
-
-    def _save(self) -> Path:
-        for name, parameter in self._llama.parameters_and_names():
-            if not np.isfinite(parameter.asnumpy()).all():
-                raise Llama31Error(f"{name} holds values that are no numbers after the last step; nothing is saved")
-        with staged_directory(self._output_dir) as directory:
-            weights = ((name, parameter.asnumpy()) for name, parameter in self._llama.parameters_and_names())
-            files = save_weights(directory, weights)
-            files.append(describe_file(self.config.save_pretrained(directory)))
-            for name in _KEPT_FILES:
-                if (self._model_dir / name).is_file():
-                    files.append(describe_file(Path(shutil.copy(self._model_dir / name, directory))))
-            source = {"format": "finetune", "name": self._model_dir.name, "steps": self.num_steps}
-            write_manifest(directory, files, dtype="float32", source=source, tool=f"llama31-core {__version__}")
+        self._checkpoints.clean()
+        batches = self._batches()
+        for index in range(self.start_step, self.num_steps):
+            report(self._take_step(index, [next(batches) for _ in range(self._accumulated)]))
+            done = index + 1
+            is_stopped = should_stop() and done < self.num_steps
+            if is_stopped or (self._save_steps and done % self._save_steps == 0):
+                self._save_checkpoint(done)
+            if is_stopped:
+                self._checkpoints.wait()
+                newest = self._checkpoints.newest()
+                assert newest is not None
+                return newest
+        self._checkpoints.wait()
+        self._files.save(self._output_dir, dict(self._weights.arrays()), self.num_steps, {})
         return self._output_dir
+
+    def _batches(self) -> Iterator[Batch]:
+        """From the first batch of `start_step` on; batches that do not fill a step at an epoch's end are left out."""
+        epoch, done = divmod(self.start_step, self._steps_per_epoch)
+        while True:
+            start = epoch * self._dataset.batches_per_epoch + done * self._accumulated
+            yield from islice(self._dataset.batches(start), (self._steps_per_epoch - done) * self._accumulated)
+            epoch, done = epoch + 1, 0
+
+    def _take_step(self, index: int, batches: list[Batch]) -> StepReport:
+        schedule = self._run.lr_schedule
+        started = time.perf_counter()
+        rate = learning_rate(
+            index,
+            schedule=schedule.type,
+            peak=schedule.learning_rate,
+            end=schedule.lr_end,
+            warmup_steps=self._warmup_steps,
+            total_steps=self._total_steps,
+        )
+        result = self._step(batches, rate)
+        if not result.num_label_tokens:
+            _LOG.warning("step %d: no label of the batch is trained on; the step is left out", index + 1)
+        is_scaled = self._run.runner_wrapper.loss_scale_factor > 1
+        if not math.isfinite(result.loss) or (result.is_overflow and not is_scaled):
+            records = [number for batch in batches for number in batch.record_numbers]
+            raise Llama31Error(
+                f"step {index + 1}: loss {result.loss} and gradient norm {result.grad_norm} are no numbers to go on "
+                f"with; lower lr_schedule.learning_rate or look at the records of this step: {records}"
+            )
+        return StepReport(
+            epoch=index // self._steps_per_epoch + 1,
+            step=index + 1,
+            num_steps=self.num_steps,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            is_overflow=result.is_overflow,
+            step_time_s=time.perf_counter() - started,
+            num_tokens=sum(batch.tokens.size for batch in batches),
+            num_label_tokens=result.num_label_tokens,
+        )
+
+    def _save_checkpoint(self, step: int) -> None:
+        scale = self._step.loss_scale
+        state = TrainerState(step, self._optimizer.num_updates, scale.value, scale.num_good_steps, self._order())
+        moments = {name: moment.asnumpy() for name, moment in self._optimizer.moments.items()}
+        self._checkpoints.save(dict(self._weights.arrays()), moments, state)
+
+
+def _finite(weights: WeightsReader) -> Callable[[str], Array]:
+    """Reads weights, and refuses values that no training could start from."""
+
+    def read(name: str) -> Array:
+        value: Array = weights.read(name)
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise CheckpointError(f"{weights.source}: {name} holds values that are no numbers; use another checkpoint")
+        return value
+
+    return read
 
 
 def _check_room(destination: Path, needed_bytes: int) -> None:

@@ -1,0 +1,178 @@
+"""Checkpoints of a run: its state in, directories that are there whole or not at all out, and the way back.
+
+A checkpoint is a model directory with `optimizer.safetensors` (AdamW's moments) and `trainer_state.json` beside the
+weights, so predict and serve take it as it is. The order of the data follows from seed and step, and nothing else is
+drawn at random, so these two are the whole state of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from llama31_core import __version__
+from llama31_core.checkpoint import describe_file, save_weights, staged_directory, write_manifest
+from llama31_core.checkpoint.files import open_tensor_files
+from llama31_core.checkpoint.json_files import read_json_object
+from llama31_core.checkpoint.staging import remove_tree
+from llama31_core.config import ModelConfig
+from llama31_core.errors import CheckpointError
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+_LOG = logging.getLogger(__name__)
+_NAME = re.compile(r"step_(\d{8})")
+_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+_KEPT_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands.
+
+    Attributes:
+        step: steps taken, with those that changed nothing.
+        num_updates: updates of the optimiser.
+        loss_scale, num_good_steps: of the loss scaling.
+        order: what the order of the data follows from; it must be the same to go on.
+    """
+
+    step: int
+    num_updates: int
+    loss_scale: float
+    num_good_steps: int
+    order: dict[str, int | None]
+
+
+class ModelFiles:
+    """Writes model directories: weights with the config and the tokenizer of the model that was trained."""
+
+    def __init__(self, source_dir: Path, config: ModelConfig) -> None:
+        self._source_dir = source_dir
+        self._config = config
+
+    def save(self, destination: Path, weights: Arrays, step: int, more: Mapping[str, Arrays | TrainerState]) -> None:
+        """Write a directory with `more` files in it, and rename it into place.
+
+        Raises:
+            CheckpointError: values that are no numbers, a full disk, or a destination that exists.
+        """
+        for name, value in weights.items():
+            if not np.isfinite(value).all():
+                raise CheckpointError(f"{name} holds values that are no numbers after step {step}; nothing is saved")
+        with staged_directory(destination) as directory:
+            files = save_weights(directory, weights.items())
+            files.append(describe_file(self._config.save_pretrained(directory)))
+            for name in _KEPT_FILES:
+                if (self._source_dir / name).is_file():
+                    files.append(describe_file(Path(shutil.copy(self._source_dir / name, directory))))
+            for name, content in more.items():
+                if isinstance(content, TrainerState):
+                    (directory / name).write_text(json.dumps(asdict(content), indent=2) + "\n", encoding="utf-8")
+                    files.append(describe_file(directory / name))
+                else:
+                    files += save_weights(directory / name, content.items())
+            source = {"format": "finetune", "name": self._source_dir.name, "steps": step}
+            write_manifest(directory, files, dtype="float32", source=source, tool=f"llama31-core {__version__}")
+
+
+class Checkpoints:
+    """The checkpoints in a directory.
+
+    Args:
+        keep: the newest ones that are not removed.
+        is_async: write from a copy while training goes on; one at a time.
+    """
+
+    def __init__(self, directory: Path, files: ModelFiles, *, keep: int, is_async: bool) -> None:
+        self._directory = directory
+        self._files = files
+        self._keep = keep
+        self._is_async = is_async
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, weights: Arrays, moments: Arrays, state: TrainerState) -> None:
+        """Write a checkpoint, or begin to; an error of the one before is raised here.
+
+        Raises:
+            CheckpointError: it could not be written; those before it are as they were.
+        """
+        self.wait()
+        if not self._is_async:
+            self._write(weights, moments, state)
+            return
+        self._pending = self._writer.submit(self._write, _copy(weights), _copy(moments), state)
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def newest(self) -> Path | None:
+        """The checkpoint of the most steps."""
+        found = self._found()
+        return found[-1] if found else None
+
+    def clean(self) -> None:
+        """Remove what runs that were killed left half-written."""
+        for path in self._directory.glob(".step_*"):
+            _LOG.warning("%s was left half-written and is removed", path)
+            remove_tree(path)
+
+    def _found(self) -> list[Path]:
+        paths = self._directory.iterdir() if self._directory.is_dir() else []
+        return sorted(path for path in paths if _NAME.fullmatch(path.name))
+
+    def _write(self, weights: Arrays, moments: Arrays, state: TrainerState) -> None:
+        destination = self._directory / f"step_{state.step:08d}"
+        if destination.exists():
+            return  # taken by an earlier run of the same steps, which had the same values
+        self._files.save(destination, weights, state.step, {_OPTIMIZER: moments, _STATE: state})
+        for path in self._found()[: -self._keep]:
+            # Renamed first: what is half-removed must not look like a checkpoint.
+            remove_tree(path.rename(path.with_name(f".{path.name}.old")))
+
+
+def _copy(arrays: Arrays) -> Arrays:
+    return {name: value.copy() for name, value in arrays.items()}
+
+
+def load_checkpoint(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Arrays, TrainerState]:
+    """AdamW's moments and the state of a run; the weights are read as those of any model directory.
+
+    Raises:
+        CheckpointError: something is missing, or is of another shape.
+    """
+    values = read_json_object(directory / _STATE)
+    try:
+        state = TrainerState(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{directory / _STATE} is not the state of a run: {error}") from error
+    files = open_tensor_files(directory / _OPTIMIZER)
+    try:
+        if set(files.tensors) != set(shapes):
+            raise CheckpointError(f"{directory / _OPTIMIZER} is of another model: its names differ")
+        moments = {name: files.read_slice(name, ()).astype(np.float32) for name in shapes}
+    finally:
+        files.close()
+    for name, moment in moments.items():
+        if moment.shape != shapes[name]:
+            raise CheckpointError(f"{directory / _OPTIMIZER}: {name} is {moment.shape}, expected {shapes[name]}")
+    return moments, state

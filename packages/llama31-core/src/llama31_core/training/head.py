@@ -1,0 +1,151 @@
+"""The end of the model in training: hidden states and labels in, loss and gradients out, a chunk of tokens at a time.
+
+Only tokens whose label is trained on are computed, and logits exist for one chunk: with 128,256 entries in the
+vocabulary those of a whole sequence of 8,192 tokens would take 4.2 GB, and as much again for their gradient.
+
+Shapes: N tokens (all of a batch), C tokens of a chunk, E = dim, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+import numpy.typing as npt
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from llama31_core.model import Llama
+from llama31_core.training.batch import IGNORED_LABEL
+
+_CHUNK_LOGITS = 1 << 25  # 128 MiB of float32
+_MAX_CHUNK = 512
+_MIN_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: cross-entropy with smoothed labels, and a penalty on the size of the logits.
+
+    Attributes:
+        label_smoothing: share of a label that is spread over the whole vocabulary (Szegedy et al. 2016, section 7).
+        z_loss: factor of logsumexp(logits)^2 (Chowdhery et al. 2022, section 5).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+def chunk_size(vocab_size: int, tokens: int) -> int:
+    """Tokens of a chunk: as many as 128 MiB of logits hold, between 64 and 512, and no more than there are."""
+    fitting = max(_MIN_CHUNK, min(_MAX_CHUNK, _CHUNK_LOGITS // vocab_size // _MIN_CHUNK * _MIN_CHUNK))
+    return min(fitting, tokens)
+
+
+def label_chunks(
+    labels_N: npt.NDArray[np.int32], size: int
+) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]]:
+    """Places and labels (C,) of the tokens that are trained on; the last chunk is filled up with ignored labels."""
+    places = np.flatnonzero(labels_N != IGNORED_LABEL).astype(np.int32)
+    for start in range(0, len(places), size):
+        chunk = places[start : start + size]
+        filling = size - len(chunk)
+        labels = np.pad(labels_N[chunk], (0, filling), constant_values=IGNORED_LABEL)
+        yield np.pad(chunk, (0, filling)), labels
+
+
+class HeadLoss(nn.Cell):  # type: ignore[misc]
+    """Loss of one chunk, summed over its labels."""
+
+    def __init__(self, llama: Llama, objective: Objective) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm = llama.model.norm_out
+        head = llama.lm_head
+        self.weight: Parameter = llama.model.tok_embeddings.embedding_weight if head is None else head.weight
+        self._smoothing, self._z_loss = objective.label_smoothing, objective.z_loss
+        self._product = ops.MatMul()
+        self._product_tb = ops.MatMul(transpose_b=True)
+        self._log_softmax = ops.LogSoftmax(-1)
+
+    def construct(self, x_NE: Tensor, places_C: Tensor, labels_C: Tensor) -> Tensor:
+        """Summed loss of the labels."""
+        return self.compute(ops.gather(x_NE, places_C, 0), labels_C)[0]
+
+    def compute(self, x_CE: Tensor, labels_C: Tensor) -> tuple[Tensor, ...]:
+        """Summed loss, log-probabilities (C, V), normed x (C, E), safe labels, which are valid, and the slope of the
+        z-loss, 1 + 2 z logsumexp, all (C,)."""
+        normed_CE = self.norm(x_CE)
+        logits_CV = self._product_tb(normed_CE, self.weight.astype(normed_CE.dtype)).astype(ms.float32)
+        log_p_CV = self._log_softmax(logits_CV)
+        valid_C = (labels_C >= 0).astype(ms.float32)
+        safe_C = ops.maximum(labels_C, ops.zeros_like(labels_C))
+        chosen_C = ops.gather_d(log_p_CV, 1, safe_C.reshape(-1, 1)).reshape(-1)
+        loss_C = -chosen_C * (1.0 - self._smoothing)
+        slope_C = ops.ones_like(valid_C)
+        if self._smoothing > 0:
+            vocab = log_p_CV.shape[1]
+            mean_C = self._product(log_p_CV, ops.ones((vocab, 1), ms.float32)).reshape(-1) * (1.0 / vocab)
+            loss_C = loss_C - self._smoothing * mean_C
+        if self._z_loss > 0:
+            logsumexp_C = ops.gather_d(logits_CV, 1, safe_C.reshape(-1, 1)).reshape(-1) - chosen_C
+            loss_C = loss_C + self._z_loss * logsumexp_C * logsumexp_C
+            slope_C = 1.0 + 2.0 * self._z_loss * logsumexp_C
+        return (loss_C * valid_C).sum(), log_p_CV, normed_CE, safe_C, valid_C, slope_C
+
+
+class HeadGradient(nn.Cell):  # type: ignore[misc]
+    """Loss and gradients of one chunk; those of the weights are added to `gradients` in place.
+
+    The gradient of the logits is `softmax - label` times a factor a token, which is applied to the narrow side of both
+    products that follow, never to (C, V).
+    """
+
+    def __init__(self, loss: HeadLoss) -> None:
+        super().__init__(auto_prefix=False)
+        self.loss = loss
+        self.trains_weight, self.trains_norm = loss.weight.requires_grad, loss.norm.weight.requires_grad
+        shapes = [p.shape for p in self.trained]
+        buffers = [Parameter(Tensor(np.zeros(s, np.float32)), f"head_gradient_{i}") for i, s in enumerate(shapes)]
+        self.gradients = ParameterTuple(buffers)
+        self._product = ops.MatMul()
+        self._product_ta = ops.MatMul(transpose_a=True)
+        self._norm_weights = ParameterTuple([loss.norm.weight] if self.trains_norm else [])
+        self._norm_gradient = ops.GradOperation(get_all=True, get_by_list=self.trains_norm, sens_param=True)
+
+    @property
+    def trained(self) -> list[Parameter]:
+        """The weights that `gradients` belong to: the output matrix and the norm, those that are trained."""
+        return [p for p in (self.loss.weight, self.loss.norm.weight) if p.requires_grad]
+
+    def construct(
+        self, x_NE: Tensor, d_x_NE: Tensor, places_C: Tensor, labels_C: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss of the labels, and `d_x_NE` with the gradient, times `scale`, of this chunk's tokens added."""
+        x_CE = ops.gather(x_NE, places_C, 0)
+        total, log_p_CV, normed_CE, safe_C, valid_C, slope_C = self.loss.compute(x_CE, labels_C)
+        ones_1E = ops.ones((1, x_CE.shape[1]), ms.float32)
+        factors_CE = self._product((valid_C * slope_C * scale).reshape(-1, 1), ones_1E)
+        d_logits_CV = self._logit_gradients(log_p_CV, safe_C, slope_C)
+        d_normed_CE = self._product(d_logits_CV, self.loss.weight.astype(ms.float32)) * factors_CE
+        if self.trains_norm:
+            d_inputs, d_weights = self._norm_gradient(self.loss.norm, self._norm_weights)(x_CE, d_normed_CE)
+            added = ops.assign_add(self.gradients[-1], d_weights[0])
+        else:
+            d_inputs = self._norm_gradient(self.loss.norm)(x_CE, d_normed_CE)
+            added = total
+        d_rows = ops.depend(d_inputs[0], added)
+        if self.trains_weight:
+            d_weight = self._product_ta(d_logits_CV, normed_CE.astype(ms.float32) * factors_CE)
+            d_rows = ops.depend(d_rows, ops.assign_add(self.gradients[0], d_weight))
+        return total, ops.tensor_scatter_add(d_x_NE, places_C.reshape(-1, 1), d_rows)
+
+    def _logit_gradients(self, log_p_CV: Tensor, safe_C: Tensor, slope_C: Tensor) -> Tensor:
+        """Gradient of a label's loss by its logits, over `slope`."""
+        tokens, vocab = log_p_CV.shape
+        places = ops.stack((ops.arange(tokens).astype(ms.int32), safe_C), -1)
+        smoothing = self.loss._smoothing
+        gradients = ops.tensor_scatter_add(ops.exp(log_p_CV), places, -(1.0 - smoothing) / slope_C)
+        if smoothing > 0:
+            gradients = gradients - (smoothing / vocab / slope_C).reshape(-1, 1)
+        return gradients
