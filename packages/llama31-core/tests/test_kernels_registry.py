@@ -27,5 +27,5 @@ def test_a_name_decides_within_its_block_and_a_built_cell_keeps_its_kernels() ->
 
 
 def test_a_name_that_no_set_has_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'cuda', allowed are 'portable', 'ascend'"), kernels.use("cuda"):
+    with pytest.raises(ConfigError, match="'cuda', allowed are 'portable', 'products', 'ascend'"), kernels.use("cuda"):
         pass
