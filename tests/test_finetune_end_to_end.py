@@ -80,6 +80,23 @@ def test_twenty_steps_lower_the_loss_and_the_result_predicts(
     assert "exists" in capsys.readouterr().err
 
 
+def test_an_adapter_is_trained_resumed_and_predicts(small_model: Path, records: Path, tmp_path: Path) -> None:
+    pet = "model.model_config.pet_config={lora_rank: 4, lora_alpha: 8, target_modules: '.*wq|.*w2'}"
+    every = "callbacks=[{type: CheckpointMonitor, save_checkpoint_steps: 1}]"
+    for run in ("whole", "cut"):
+        changes = [*overrides(small_model, records, tmp_path / run), pet, every, "runner_config.max_steps=3"]
+        if run == "cut":
+            first = tmp_path / "whole" / "checkpoints" / "step_00000002"
+            shutil.copytree(first, tmp_path / "cut" / "checkpoints" / first.name)
+            changes.append("resume_training=True")
+        assert core(["finetune", str(RUN_FILE), *changes]) == 0
+    whole, cut = (tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+    assert not (tmp_path / "whole" / "model").exists()
+    use = ["--lora", f"own={tmp_path / 'cut' / 'adapter'}", "--adapter", "own"]
+    assert core(["predict", str(small_model), *use, "--prompt", "Name a colour.", "--max_tokens", "8"]) == 0
+
+
 def test_the_same_seed_trains_the_same_model(small_model: Path, records: Path, tmp_path: Path) -> None:
     weights = []
     for run in ("first", "second"):

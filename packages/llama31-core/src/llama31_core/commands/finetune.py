@@ -26,7 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print a line a step, and where the trained model is."""
     config = load_run_config(arguments.config, arguments.overrides)
     with importing_mindspore():  # seconds: after the file is known to be good
-        from llama31_core.training.trainer import StepReport, Trainer
+        from llama31_core.training.report import StepReport
+        from llama31_core.training.trainer import Trainer
 
     trainer = Trainer(config, str(arguments.config))
     size = trainer.config.num_parameters

@@ -89,6 +89,7 @@ PREDICT_DEAD_KEYS: Mapping[str, str] = _ANY_RUN | {
     "runner_config": "prediction trains nothing",
     "runner_wrapper": "prediction trains nothing",
     "model.model_config.auto_map": "the tokenizer's file says what it is",
+    "model.model_config.pet_config": "adapters are named on the command line, with --lora",
     "processor.type": "the tokenizer's file says what it is",
     "processor.return_tensors": "the engine takes token ids",
     "processor.tokenizer.type": "the tokenizer's file says what it is",

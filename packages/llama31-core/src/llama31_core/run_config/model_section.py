@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llama31_core.config import ModelConfig, RopeScaling
 from llama31_core.errors import ConfigError
@@ -69,7 +69,7 @@ class ModelSection(Section):
         Raises:
             ConfigError: it leaves a size out, or sizes do not fit.
         """
-        given = self.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+        given = self.model_dump(mode="json", exclude={"pet_config"}, exclude_none=True, exclude_unset=True)
         return ModelConfig.build(source, **fields_from_mindformers({"seq_length": self.seq_length} | given, source))
 
     def check_against(self, config: ModelConfig, source: str) -> None:
@@ -138,10 +138,33 @@ class PredictModelSection(ModelSection):
         return values | {"temperature": 1.0, "top_k": self.top_k, "top_p": self.top_p}
 
 
-class ModelBlock(Section):
-    """The `model` section."""
+class PetConfig(Section):
+    """`pet_config`: train low-rank changes (LoRA) of the projections whose names match, and nothing else."""
 
-    model_config_: ModelSection = Field(default=ModelSection(), alias="model_config")
+    pet_type: Literal["lora"] = "lora"
+    lora_rank: int = Field(default=8, ge=1)
+    lora_alpha: float = Field(default=16, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0)
+    target_modules: str | tuple[str, ...] = ".*wq|.*wk|.*wv|.*wo"
+
+    @field_validator("lora_dropout")
+    @classmethod
+    def _no_dropout(cls, value: float) -> float:
+        if value:
+            raise ValueError(f"nothing is dropped at random here, got {value}; set it to 0")
+        return value
+
+
+class TrainModelSection(ModelSection):
+    """With what is trained of the model; everything without `pet_config`."""
+
+    pet_config: PetConfig | None = None
+
+
+class ModelBlock(Section):
+    """The `model` section of a run that trains."""
+
+    model_config_: TrainModelSection = Field(default=TrainModelSection(), alias="model_config")
 
 
 class PredictModelBlock(Section):

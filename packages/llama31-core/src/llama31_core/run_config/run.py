@@ -7,7 +7,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from llama31_core.parallel.mesh import ParallelConfig
-from llama31_core.run_config.model_section import ModelBlock, ModelSection, PredictModelBlock, PredictModelSection
+from llama31_core.run_config.model_section import (
+    ModelBlock,
+    ModelSection,
+    PredictModelBlock,
+    PredictModelSection,
+    TrainModelSection,
+)
 from llama31_core.run_config.parallel_section import ParallelConfigSection, ParallelContext, mesh_of
 from llama31_core.run_config.section import Section
 from llama31_core.run_config.training import (
@@ -54,7 +60,7 @@ class RunConfig(AnyRunConfig):
     model: ModelBlock = ModelBlock()
 
     @property
-    def model_section(self) -> ModelSection:
+    def model_section(self) -> TrainModelSection:
         """`model.model_config`."""
         return self.model.model_config_
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run: its state in, directories that are there whole or not at all out, and the way back.
 
-A checkpoint is a model directory with `optimizer.safetensors` (AdamW's moments) and `trainer_state.json` beside the
-weights, so predict and serve take it as it is. The order of the data follows from seed and step, and nothing else is
-drawn at random, so these two are the whole state of a run.
+A checkpoint is a model directory, or with LoRA a PEFT directory, with `optimizer.safetensors` (AdamW's moments) and
+`trainer_state.json` beside the weights, so predict and serve take it as it is. The order of the data follows from seed
+and step, and nothing else is drawn at random, so these two are the whole state of a run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from llama31_core import __version__
-from llama31_core.checkpoint import describe_file, save_weights, staged_directory, write_manifest
+from llama31_core.checkpoint import WrittenFile, describe_file, save_weights, staged_directory, write_manifest
 from llama31_core.checkpoint.files import open_tensor_files
 from llama31_core.checkpoint.json_files import read_json_object
 from llama31_core.checkpoint.staging import remove_tree
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError
+from llama31_core.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
+from llama31_core.training.lora import Lora, peft_config, peft_name
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
@@ -66,6 +68,14 @@ class ModelFiles:
         self._source_dir = source_dir
         self._config = config
 
+    def _write(self, directory: Path, weights: Arrays) -> list[WrittenFile]:
+        files = save_weights(directory, weights.items())
+        files.append(describe_file(self._config.save_pretrained(directory)))
+        for name in _KEPT_FILES:
+            if (self._source_dir / name).is_file():
+                files.append(describe_file(Path(shutil.copy(self._source_dir / name, directory))))
+        return files
+
     def save(self, destination: Path, weights: Arrays, step: int, more: Mapping[str, Arrays | TrainerState]) -> None:
         """Write a directory with `more` files in it, and rename it into place.
 
@@ -76,11 +86,7 @@ class ModelFiles:
             if not np.isfinite(value).all():
                 raise CheckpointError(f"{name} holds values that are no numbers after step {step}; nothing is saved")
         with staged_directory(destination) as directory:
-            files = save_weights(directory, weights.items())
-            files.append(describe_file(self._config.save_pretrained(directory)))
-            for name in _KEPT_FILES:
-                if (self._source_dir / name).is_file():
-                    files.append(describe_file(Path(shutil.copy(self._source_dir / name, directory))))
+            files = self._write(directory, weights)
             for name, content in more.items():
                 if isinstance(content, TrainerState):
                     (directory / name).write_text(json.dumps(asdict(content), indent=2) + "\n", encoding="utf-8")
@@ -89,6 +95,20 @@ class ModelFiles:
                     files += save_weights(directory / name, content.items())
             source = {"format": "finetune", "name": self._source_dir.name, "steps": step}
             write_manifest(directory, files, dtype="float32", source=source, tool=f"llama31-core {__version__}")
+
+
+class AdapterFiles(ModelFiles):
+    """Writes PEFT directories, which hold the changes alone."""
+
+    def __init__(self, source_dir: Path, config: ModelConfig, lora: Lora) -> None:
+        super().__init__(source_dir, config)
+        self._lora = lora
+
+    def _write(self, directory: Path, weights: Arrays) -> list[WrittenFile]:
+        described = directory / CONFIG_NAME
+        described.write_text(json.dumps(peft_config(self._lora, str(self._source_dir)), indent=2) + "\n", "utf-8")
+        changes = {peft_name(name): value for name, value in weights.items()}
+        return [describe_file(described), *save_weights(directory / WEIGHTS_NAME, changes.items())]
 
 
 class Checkpoints:

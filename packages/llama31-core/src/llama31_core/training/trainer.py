@@ -4,61 +4,46 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
+import numpy.typing as npt
 
-from llama31_core.checkpoint import WeightsReader, check_weights, open_weights
+from llama31_core.checkpoint import check_weights, open_weights
 from llama31_core.checkpoint.dtypes import Array
 from llama31_core.checkpoint.staging import check_destination
 from llama31_core.config import ModelConfig
-from llama31_core.errors import CheckpointError, ConfigError, Llama31Error
+from llama31_core.errors import ConfigError, Llama31Error
+from llama31_core.lora.adapter import read_adapter
 from llama31_core.run_config import RunConfig
 from llama31_core.training.attention import BlockwiseAttention
 from llama31_core.training.backprop import Backprop
 from llama31_core.training.batch import Batch
 from llama31_core.training.block import Recompute
-from llama31_core.training.checkpoints import Checkpoints, ModelFiles, TrainerState, load_checkpoint
+from llama31_core.training.checkpoints import AdapterFiles, Checkpoints, ModelFiles, TrainerState, load_checkpoint
 from llama31_core.training.dataset import MindRecordDataset
 from llama31_core.training.head import Objective
+from llama31_core.training.lora import (
+    Lora,
+    LoraTrainedLayers,
+    adapted_modules,
+    adapter_values,
+    first_values,
+    is_change,
+)
 from llama31_core.training.loss_scale import LossScale
 from llama31_core.training.optim import AdamW
+from llama31_core.training.report import StepReport
 from llama31_core.training.schedule import learning_rate, plan_warmup
+from llama31_core.training.start import check_room, finite
 from llama31_core.training.step import TrainStep
 from llama31_core.training.weights import TrainedWeights
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did; `loss` is that before the update, `grad_norm` that before clipping."""
-
-    epoch: int
-    step: int
-    num_steps: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    step_time_s: float
-    num_tokens: int
-    num_label_tokens: int
-    is_overflow: bool = False
-
-    def __str__(self) -> str:
-        return (
-            f"epoch: {self.epoch}, step: [{self.step}/{self.num_steps}], loss: {self.loss:.4f}, "
-            f"lr: {self.learning_rate:.3e}, overflow: {self.is_overflow}, global_norm: {self.grad_norm:.3f}, "
-            f"per_step_time: {self.step_time_s * 1e3:.0f}ms, {self.num_tokens / self.step_time_s:.0f} tokens/s, "
-            f"{self.num_label_tokens} label tokens"
-        )
 
 
 class Trainer:
@@ -87,7 +72,6 @@ class Trainer:
             )
         self._run, self._source = run, source
         self._model_dir = Path(run.load_checkpoint)
-        self._output_dir = Path(run.output_dir) / "model"
         self.config = ModelConfig.from_pretrained(self._model_dir)
         run.model_section.check_against(self.config, source)
         self._dataset = self._open_dataset()
@@ -105,9 +89,20 @@ class Trainer:
         schedule = run.lr_schedule
         self._total_steps = self.num_steps if schedule.total_steps == -1 else schedule.total_steps
         self._warmup_steps = plan_warmup(schedule.warmup_steps, schedule.warmup_ratio, self._total_steps)
-        self._files = ModelFiles(self._model_dir, self.config)
+        self._lora = self._plan_lora()
+        self._output_dir = Path(run.output_dir) / ("model" if self._lora is None else "adapter")
+        if self._lora is None:
+            self._files = ModelFiles(self._model_dir, self.config)
+        else:
+            self._files = AdapterFiles(self._model_dir, self.config, self._lora)
         self._plan_output()
         self._build()
+
+    def _plan_lora(self) -> Lora | None:
+        pet = self._run.model_section.pet_config
+        if pet is None:
+            return None
+        return Lora(adapted_modules(pet.target_modules, self.config.n_layers), pet.lora_rank, pet.lora_alpha)
 
     def _open_dataset(self) -> MindRecordDataset:
         run = self._run
@@ -125,7 +120,8 @@ class Trainer:
         check_destination(self._output_dir)
         monitor = self._run.callbacks[0] if self._run.callbacks else None
         num_copies = 1 if monitor is None else 1 + 3 * (monitor.keep_checkpoint_max + 1)
-        _check_room(self._output_dir, 4 * self.config.num_parameters * num_copies)
+        if self._lora is None:
+            check_room(self._output_dir, 4 * self.config.num_parameters * num_copies)
         self._save_steps = 0 if monitor is None else monitor.save_checkpoint_steps
         self._checkpoints = Checkpoints(
             Path(self._run.output_dir).absolute() / "checkpoints",
@@ -145,10 +141,9 @@ class Trainer:
     def _build(self) -> None:
         ms.set_context(mode=ms.GRAPH_MODE)
         run, wrapper = self._run, self._run.runner_wrapper
-        self._weights = TrainedWeights(self.config, BlockwiseAttention)
-        with open_weights(self._resumed_from or self._model_dir) as weights:
-            check_weights(weights, self.config)
-            self._weights.load(_finite(weights))
+        layers = None if self._lora is None else LoraTrainedLayers(self._lora)
+        self._weights = TrainedWeights(self.config, BlockwiseAttention, layers)
+        self._load_weights()
         beta1, beta2 = run.optimizer.moments
         decay = run.optimizer.weight_decay
         self._optimizer = AdamW(self._weights, beta1=beta1, beta2=beta2, eps=run.optimizer.eps, weight_decay=decay)
@@ -162,6 +157,25 @@ class Trainer:
             loss_scale=LossScale(wrapper.loss_scale_value, wrapper.loss_scale_factor, wrapper.scale_window),
         )
         self.start_step = 0 if self._resumed_from is None else self._resume(self._resumed_from)
+
+    def _load_weights(self) -> None:
+        resumed, lora = self._resumed_from, self._lora
+        with open_weights(self._model_dir if resumed is None or lora is not None else resumed) as weights:
+            check_weights(weights, self.config)
+            read = finite(weights)
+            if lora is None:
+                self._weights.load(read)
+                return
+            adapter = None if resumed is None else read_adapter(resumed)
+
+            def read_changed(name: str) -> Array:
+                if not is_change(name):
+                    return read(name)
+                if adapter is None:
+                    return first_values(name, self._weights.shape(name), self._run.seed)
+                return adapter_values(adapter, lora, name)
+
+            self._weights.load(read_changed)
 
     def _resume(self, checkpoint: Path) -> int:
         shapes = {name: tuple(moment.shape) for name, moment in self._optimizer.moments.items()}
@@ -215,7 +229,7 @@ class Trainer:
                 assert newest is not None
                 return newest
         self._checkpoints.wait()
-        self._files.save(self._output_dir, dict(self._weights.arrays()), self.num_steps, {})
+        self._files.save(self._output_dir, self._results(), self.num_steps, {})
         return self._output_dir
 
     def _batches(self) -> Iterator[Batch]:
@@ -260,34 +274,14 @@ class Trainer:
             num_label_tokens=result.num_label_tokens,
         )
 
+    def _results(self) -> dict[str, npt.NDArray[np.float32]]:
+        """What is saved: all weights, or the changes alone."""
+        if self._lora is None:
+            return dict(self._weights.arrays())
+        return {name: self._weights.tensors[name].asnumpy() for name in self._optimizer.trained}
+
     def _save_checkpoint(self, step: int) -> None:
         scale = self._step.loss_scale
         state = TrainerState(step, self._optimizer.num_updates, scale.value, scale.num_good_steps, self._order())
         moments = {name: moment.asnumpy() for name, moment in self._optimizer.moments.items()}
-        self._checkpoints.save(dict(self._weights.arrays()), moments, state)
-
-
-def _finite(weights: WeightsReader) -> Callable[[str], Array]:
-    """Reads weights, and refuses values that no training could start from."""
-
-    def read(name: str) -> Array:
-        value: Array = weights.read(name)
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise CheckpointError(f"{weights.source}: {name} holds values that are no numbers; use another checkpoint")
-        return value
-
-    return read
-
-
-def _check_room(destination: Path, needed_bytes: int) -> None:
-    """See that a result of this size can be written, before the work for it is done."""
-    place = next(parent for parent in destination.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=place, prefix=".llama31-"):
-            free_bytes = shutil.disk_usage(place).free
-    except OSError as error:
-        raise ConfigError(f"output_dir: {destination} cannot be written: {error.strerror}; set another") from error
-    if free_bytes < needed_bytes:
-        raise ConfigError(
-            f"output_dir: {destination} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free there"
-        )
+        self._checkpoints.save(self._results(), moments, state)
