@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from openai import OpenAI
 
 from llama31_ckpt.cli import main as ckpt
 from llama31_serve import AsyncClient, Client, DeadlineError
@@ -35,22 +40,38 @@ def start_command(model_dir: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "llama31_serve", "start", "--model", str(model_dir), "--max_seq_len", "1024", *flags]
 
 
+@dataclass(frozen=True)
+class Addresses:
+    """Where the server is."""
+
+    grpc: str
+    http: str
+
+
 @pytest.fixture(scope="module")
-def address(model_dir: Path) -> Iterator[str]:
+def addresses(model_dir: Path) -> Iterator[Addresses]:
     """A running server; after the tests it has to end well on SIGTERM."""
-    with subprocess.Popen(start_command(model_dir, "--port", "0"), stdout=subprocess.PIPE, text=True) as server:
+    command = start_command(model_dir, "--port", "0", "--http_port", "0")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             listening = server.stdout.readline().split(";")[0].removeprefix("Listening on ").strip()
+            http = server.stdout.readline().removeprefix("HTTP (business) on ").strip()
             with Client(listening) as client:
                 client.wait_until_serving(START_TIMEOUT_S)
             ready = server.stdout.readline()
             assert ready == f"Daemon start success! smollm2-135m-instruct is served on {listening} (gRPC)\n"
-            yield listening
+            yield Addresses(listening, http)
             server.send_signal(signal.SIGTERM)
             assert server.wait(STOP_TIMEOUT_S) == 0
         finally:
             server.kill()
+
+
+@pytest.fixture
+def address(addresses: Addresses) -> str:
+    """Where gRPC is."""
+    return addresses.grpc
 
 
 def test_chat(address: str) -> None:
@@ -91,6 +112,25 @@ async def test_a_request_past_its_deadline_leaves_the_engine_to_others(address: 
         with pytest.raises(DeadlineError):
             await client.generate("Once upon a time", ignore_eos=True, max_tokens=900, timeout_s=0.5)
         assert (await client.chat(QUESTION, temperature=0)).text == ANSWER
+
+
+def test_openais_client(addresses: Addresses) -> None:
+    with OpenAI(base_url=f"{addresses.http}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        asked: Any = {"model": client.models.list().data[0].id, "messages": QUESTION, "temperature": 0}
+        answer = client.chat.completions.create(**asked)
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (ANSWER, "stop")
+        pieces = [
+            chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)
+        ]
+        assert "".join(pieces) == ANSWER
+        assert len(pieces) > 3
+
+
+def test_tgis_request(addresses: Addresses) -> None:
+    body = json.dumps({"inputs": "The capital of France is", "parameters": {"max_new_tokens": 4}, "stream": False})
+    request = urllib.request.Request(f"{addresses.http}/generate", body.encode(), {"Content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        assert "Paris" in json.load(response)["generated_text"]
 
 
 def test_port_taken_is_said_before_the_weights_are_read(address: str, model_dir: Path) -> None:

@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--control_port", type=int, help="port of ControlService; 0 takes any free one (default: none)")
     parser.add_argument("--control_host", default="127.0.0.1", help="its address (default: %(default)s)")
+    parser.add_argument("--http_port", type=int, help="port of HTTP at --host; 0 takes any free one (default: none)")
+    parser.add_argument("--management_port", type=int, help="port of HTTP's management at --control_host")
     parser.add_argument("--tls_cert", type=Path, metavar="PEM", help="serve with TLS: the certificate chain")
     parser.add_argument("--tls_key", type=Path, metavar="PEM", help="the key of --tls_cert, unencrypted")
     parser.add_argument("--tls_client_ca", type=Path, metavar="PEM", help="demand client certificates of this CA")
@@ -67,6 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
         from llama31_serve.server.options import EngineOptions, ServerOptions, check_model_dir
     except ImportError as error:
         raise StartError(f"{error}; the server needs: pip install 'llama31-serve[server]'") from error
+    engine_options = EngineOptions(
+        max_seq_len=arguments.max_seq_len,
+        max_batch_size=arguments.max_batch_size,
+        num_blocks=arguments.num_blocks,
+        block_size=arguments.block_size,
+    )
     options = ServerOptions(
         host=arguments.host,
         port=arguments.port,
@@ -78,14 +86,11 @@ def run(arguments: argparse.Namespace) -> int:
         allow_any_address=arguments.allow_any_address,
         control_host=arguments.control_host,
         control_port=arguments.control_port,
+        http_port=arguments.http_port,
+        management_port=arguments.management_port,
+        engine=engine_options,
     )
     security = _security(arguments)
-    engine_options = EngineOptions(
-        max_seq_len=arguments.max_seq_len,
-        max_batch_size=arguments.max_batch_size,
-        num_blocks=arguments.num_blocks,
-        block_size=arguments.block_size,
-    )
     check_model_dir(arguments.model)
     plan = core_engine.plan_engine(arguments.model, engine_options)  # what cannot work is said before weights load
     load_text = functools.partial(model_text.load_text, arguments.model)
@@ -122,6 +127,8 @@ async def serve_until_signal(server: Server) -> int:
         print(f"Listening on {server.address}; loading {server.options.model_name} …", flush=True)
         if server.control is not None:
             print(f"ControlService on {server.control.address}", flush=True)
+        for name, listener in server.http_listeners():
+            print(f"HTTP ({name}) on {listener.url}", flush=True)
         loading = asyncio.create_task(server.load())
         await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -12,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from llama31_serve import __version__
+from llama31_serve.errors import StartError
 from llama31_serve.server.admission import Admission
 from llama31_serve.server.control_service import Controlled, ControlService
 from llama31_serve.server.detokenizer import Detokenizer
@@ -20,7 +22,7 @@ from llama31_serve.server.engine_thread import EngineThread, JobOutput
 from llama31_serve.server.fmaas_service import FmaasService
 from llama31_serve.server.generation_request import Limits
 from llama31_serve.server.generator import Generator
-from llama31_serve.server.inference_service import InferenceService, ModelHolder, ServingModel
+from llama31_serve.server.inference_service import InferenceService
 from llama31_serve.server.lifecycle import Lifecycle, State
 from llama31_serve.server.listener import Listener, Security
 from llama31_serve.server.observer import Observer, Observers
@@ -28,9 +30,14 @@ from llama31_serve.server.open_requests import OpenRequests
 from llama31_serve.server.options import ServerOptions
 from llama31_serve.server.refusal import Refusal
 from llama31_serve.server.registration import add_servicer
+from llama31_serve.server.serving_model import ModelHolder, ServingModel
 from llama31_serve.server.text import TextModel, TextWorker
 from llama31_serve.stubs import control_pb2, generation_pb2
 from llama31_serve.stubs import inference_pb2 as pb
+
+if TYPE_CHECKING:
+    from llama31_serve.server.http.doors import HttpDoors
+    from llama31_serve.server.http.listener import HttpListener
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +48,7 @@ LOADING_END_S, STEP_END_S = 2.0, 30.0
 
 
 class Server:
-    """One model on one gRPC address, and its control on another if wanted. Made and used on one event loop.
+    """One model over gRPC, its control on another address and HTTP if wanted. Made and used on one event loop.
 
     Raises:
         StartError: certificates that can't be used.
@@ -67,18 +74,23 @@ class Server:
         self.control: Listener | None = None
         if options.control_port is not None:
             self.control = Listener(options.control_host, options.control_port, security)
+        self.holder = ModelHolder(self.lifecycle)
+        self.http = self._http(security)
         self._broken = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._load_text = load_text
         self._text: TextWorker | None = None
         self._detokenizer: Detokenizer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self.holder = ModelHolder(self.lifecycle)
 
     @property
     def address(self) -> str:
         """host:port that clients connect to, known after `start`."""
         return self.listener.address
+
+    def http_listeners(self) -> list[tuple[str, HttpListener]]:
+        """Those of HTTP and what each is for."""
+        return [] if self.http is None else self.http.named()
 
     async def start(self) -> None:
         """Listen and say NOT_SERVING; nothing of the model is read yet. Raises StartError if a port can't be had."""
@@ -93,6 +105,8 @@ class Server:
             self._add_services(self.control, {CONTROL_SERVICE: self._control_service()})
             await self._health.set(CONTROL_SERVICE.full_name, health_pb2.HealthCheckResponse.SERVING)  # draining or not
             await self.control.start()
+        if self.http is not None:
+            await self.http.start()
 
     async def load(self) -> None:
         """Read the tokenizer, then the engine on its own thread, warm it up, and begin to serve."""
@@ -145,6 +159,8 @@ class Server:
         await self.listener.close()
         if self.control is not None:
             await self.control.close()
+        if self.http is not None:
+            await self.http.close()
         self.engine.stop()
         in_thread = self._loop.run_in_executor
         ended = await in_thread(None, self.engine.join, LOADING_END_S if loading else STEP_END_S)
@@ -160,6 +176,17 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.grpc)
         names = (*(service.full_name for service in services), health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, listener.grpc)
+
+    def _http(self, security: Security) -> HttpDoors | None:
+        if self.options.http_port is None and self.options.management_port is None:
+            return None
+        try:
+            from llama31_serve.server.http.doors import HttpDoors, HttpParts
+        except ImportError as error:
+            raise StartError(f"{error}; HTTP needs: pip install 'llama31-serve[server,http]'") from error
+        drain = self.drain_requested.set
+        parts = HttpParts(self.holder, self.lifecycle, self.engine, self.observer, drain)
+        return HttpDoors(self.options, security, parts)
 
     def _control_service(self) -> ControlService:
         def generator() -> Generator | None:

@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Iterable
-from dataclasses import replace
 
 from llama31_serve.errors import FieldViolation
 from llama31_serve.server.engine import TokenLogprobs
 from llama31_serve.server.fmaas_requests import FIELD_NAMES, Wanted, read_request, read_wanted
 from llama31_serve.server.generation import Generation
-from llama31_serve.server.generation_request import GenerationRequest, TextInput
-from llama31_serve.server.inference_service import ModelHolder, ServingModel
+from llama31_serve.server.generation_request import GenerationRequest, TextInput, seeded
 from llama31_serve.server.job import Finished, Update
 from llama31_serve.server.observer import Observer
 from llama31_serve.server.refusal import Context, Refusal, Servicer, answers_refusals, invalid
+from llama31_serve.server.serving_model import ModelHolder, ServingModel
 from llama31_serve.server.validation import require_known_fields
 from llama31_serve.stubs import generation_pb2 as pb
 from llama31_serve.stubs.generation_pb2_grpc import GenerationServiceServicer
@@ -53,7 +51,7 @@ class FmaasService(Servicer, GenerationServiceServicer):
     async def GenerateStream(self, request: pb.SingleGenerationRequest, context: Context) -> None:
         model = self._holder.loaded()
         _require_no_prefix(request)
-        checked = _seeded(read_request(request.request, request.params, model.generator.limits))
+        checked = seeded(read_request(request.request, request.params, model.generator.limits))
         wanted = read_wanted(request.params)
         async with model.generator.open(checked) as generation:
             first = pb.GenerationResponse(input_token_count=generation.num_prompt_tokens, seed=_seed(checked))
@@ -91,7 +89,7 @@ class FmaasService(Servicer, GenerationServiceServicer):
         return pb.ModelInfoResponse(model_kind=kind, max_sequence_length=limits.max_seq_len, max_new_tokens=most)
 
     async def _one(self, model: ServingModel, checked: GenerationRequest, wanted: Wanted) -> pb.GenerationResponse:
-        checked = _seeded(checked)
+        checked = seeded(checked)
         response = pb.GenerationResponse(seed=_seed(checked))
         pieces = [_text(checked)] if wanted.input_text else []
         reporter = _Reporter(model, wanted)
@@ -154,13 +152,6 @@ def _require_no_prefix(request: pb.BatchedGenerationRequest | pb.SingleGeneratio
     require_known_fields(request)
     if request.HasField("prefix_id"):
         raise invalid([FieldViolation("prefix_id", "is set, but this server has no prompt prefixes; leave it out")])
-
-
-def _seeded(checked: GenerationRequest) -> GenerationRequest:
-    """With a seed to tell the caller, if anything is drawn at all."""
-    if checked.temperature == 0 or checked.seed is not None:
-        return checked
-    return replace(checked, seed=random.getrandbits(32))
 
 
 def _seed(checked: GenerationRequest) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llama31_serve.errors import FieldViolation
@@ -106,6 +107,13 @@ def require_valid(request: GenerationRequest, limits: Limits, found: Sequence[Fi
     wrong = [*found, *_violations(request, limits)]
     if wrong:
         raise invalid(wrong)
+
+
+def seeded(request: GenerationRequest) -> GenerationRequest:
+    """With a seed to tell the caller, if anything is drawn at all."""
+    if request.temperature == 0 or request.seed is not None:
+        return request
+    return replace(request, seed=random.getrandbits(32))
 
 
 def token_id_violations(name: str, token_ids: Sequence[int], limits: Limits) -> Iterator[FieldViolation]:

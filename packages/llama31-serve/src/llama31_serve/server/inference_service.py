@@ -12,12 +12,10 @@ from llama31_serve.errors import FieldViolation
 from llama31_serve.server.engine import TokenLogprobs
 from llama31_serve.server.generation import Generation
 from llama31_serve.server.generation_request import GenerationRequest, message_violations, token_id_violations
-from llama31_serve.server.generator import Generator
 from llama31_serve.server.job import Finished, FinishReason, Update
-from llama31_serve.server.lifecycle import Lifecycle
 from llama31_serve.server.observer import Observer
 from llama31_serve.server.refusal import Context, Servicer, answers_refusals, invalid
-from llama31_serve.server.text import TextWorker
+from llama31_serve.server.serving_model import ModelHolder
 from llama31_serve.server.validation import (
     FIELD_NAMES,
     read_chat,
@@ -36,30 +34,6 @@ _REASONS: dict[FinishReason, pb.FinishReason] = {
     "length": pb.FINISH_REASON_LENGTH,
     "aborted": pb.FINISH_REASON_ABORTED,
 }
-
-
-class ServingModel:
-    """What a loaded model gives the service."""
-
-    def __init__(self, generator: Generator, text: TextWorker, info: pb.GetModelInfoResponse) -> None:
-        self.generator = generator
-        self.text = text
-        self.info = info
-
-
-class ModelHolder:
-    """The model, once there is one. It is set before the lifecycle says that the server is serving."""
-
-    def __init__(self, lifecycle: Lifecycle) -> None:
-        self.model: ServingModel | None = None
-        self._lifecycle = lifecycle
-
-    def loaded(self) -> ServingModel:
-        """Raises Refusal (UNAVAILABLE) before the model is there."""
-        if self.model is None:
-            self._lifecycle.require_serving()
-        assert self.model is not None
-        return self.model
 
 
 class InferenceService(Servicer, InferenceServiceServicer):

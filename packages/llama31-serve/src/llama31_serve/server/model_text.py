@@ -24,7 +24,9 @@ def load_text(model_dir: Path) -> TextModel:
     def stream_decoder(skip_special_tokens: bool) -> StreamDecoder:
         return StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
 
-    return TextModel(tokenizer, _conversation_encoder(tokenizer), find_tool_calls, stream_decoder, (TokenizerError,))
+    adds_bos = tokenizer.vocabulary.controls.add_bos
+    encode = _conversation_encoder(tokenizer)
+    return TextModel(tokenizer, adds_bos, encode, find_tool_calls, stream_decoder, (TokenizerError,))
 
 
 def _conversation_encoder(tokenizer: Tokenizer) -> EncodeConversation:

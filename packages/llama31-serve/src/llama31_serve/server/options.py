@@ -39,8 +39,10 @@ class ServerOptions:
         max_new_tokens: most tokens of a completion.
         drain_timeout_s: how long running requests may take after SIGTERM.
         control_host, control_port: listener of ControlService; none if the port is None.
+        http_port: HTTP at `host`, management_port: HTTP's management at `control_host`; none if the port is None.
         allow_special_tokens: callers may write control tokens into text.
         allow_any_address: listening on 0.0.0.0 or :: is meant.
+        engine, device_type, model_dtype: what the engine was asked for, runs on and computes in, for GET /info.
     """
 
     host: str = "127.0.0.1"
@@ -55,11 +57,17 @@ class ServerOptions:
     drain_timeout_s: float = 30.0
     control_host: str = "127.0.0.1"
     control_port: int | None = None
+    http_port: int | None = None
+    management_port: int | None = None
     allow_special_tokens: bool = False
     allow_any_address: bool = False
+    engine: EngineOptions = EngineOptions()
+    device_type: str | None = None
+    model_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name, port in (("port", self.port), ("control_port", self.control_port)):
+        for name in ("port", "control_port", "http_port", "management_port"):
+            port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise StartError(f"--{name} is {port}, allowed are 0 (any free one) to 65535")
         for name in ("max_running", "max_per_tenant", "default_max_tokens", "max_prompt_tokens", "max_new_tokens"):

@@ -32,6 +32,7 @@ class TextModel:
 
     Attributes:
         tokenizer: vocabulary.
+        adds_bos: whether the vocabulary's own way is to begin a text with the beginning-of-sequence token.
         encode_conversation: messages and the functions they may call to ids, opened for the assistant.
         find_tool_calls: the calls that an assistant's text consists of, none if it is anything else.
         stream_decoder: makes a decoder; the argument says whether control tokens are left out.
@@ -39,6 +40,7 @@ class TextModel:
     """
 
     tokenizer: Tokenizer
+    adds_bos: bool
     encode_conversation: Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], list[int]]
     find_tool_calls: Callable[[str], Sequence[ToolCall]]
     stream_decoder: Callable[[bool], StreamDecoder]
@@ -65,6 +67,14 @@ class TextWorker:
         """End the threads after what they are doing."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def as_trained(self, text: str) -> TextInput:
+        """A text as HTTP's callers mean it: begun as the vocabulary says, its control tokens read where allowed."""
+        special = self.model.tokenizer.special_tokens
+        begun = self._allow_special_tokens and text.startswith(
+            tuple(name for name, token_id in special.items() if token_id == self.model.tokenizer.bos_id)
+        )
+        return TextInput(text, self.model.adds_bos and not begun, self._allow_special_tokens)
+
     async def encode(self, prompt: Prompt) -> Sequence[int]:
         """Token ids of a prompt. Raises Refusal if control tokens are not allowed, or the chat template refuses."""
         if isinstance(prompt, tuple):
@@ -87,6 +97,17 @@ class TextWorker:
                 raise invalid([FieldViolation("token_ids", str(error))]) from error
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, decode)
+
+    async def split(self, text: str) -> tuple[int, list[str]]:
+        """How many tokens a text has, and their texts; those that are part of a character only are put together."""
+
+        def split() -> tuple[int, list[str]]:
+            ids = self._encode(TextInput(text, parse_special_tokens=self._allow_special_tokens))
+            decoder = self.model.stream_decoder(False)
+            pieces = [*(decoder.push((token_id,)) for token_id in ids), decoder.flush()]
+            return len(ids), [piece for piece in pieces if piece]
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, split)
 
     def token_text(self, token_id: int) -> str:
         """One token as it is shown by itself, control tokens included."""

@@ -1,0 +1,91 @@
+"""An ASGI application on one address, served by uvicorn on the loop that everything else runs on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from llama31_serve.errors import StartError
+from llama31_serve.server.options import join_address
+
+CLOSE_GRACE_S = 1
+BACKLOG = 512
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are for the whole process, and whoever runs it has them already."""
+        yield
+
+
+class HttpListener:
+    """`start`, then `close`."""
+
+    def __init__(self, app: ASGIApp, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+        self._host = host
+        self.port = port
+        self._tls = tls
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=CLOSE_GRACE_S,
+        )
+        config.load()
+        config.ssl = tls
+        self._server = _Uvicorn(config)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """host:port, known after `start`."""
+        return join_address(self._host, self.port)
+
+    @property
+    def url(self) -> str:
+        """What a browser is given."""
+        return f"{'http' if self._tls is None else 'https'}://{self.address}"
+
+    async def start(self) -> None:
+        """Listen. Raises StartError, with the system's reason, if the address can't be had."""
+        listening = self._bind()
+        self.port = listening.getsockname()[1]
+        self._task = asyncio.create_task(self._server.serve([listening]), name="llama31-http")
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0.005)
+        if self._task.done():
+            self._task.result()
+
+    async def close(self) -> None:
+        """Stop listening; requests that still run get a moment."""
+        if self._task is not None:
+            self._server.should_exit = True
+            await self._task
+
+    def _bind(self) -> socket.socket:
+        try:
+            found = socket.getaddrinfo(self._host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, kind, protocol, _, address = found[0]
+            listening = socket.socket(family, kind, protocol)
+            try:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listening.bind(address)
+                listening.listen(BACKLOG)
+                listening.setblocking(False)
+            except OSError:
+                listening.close()
+                raise
+        except OSError as error:
+            problem = f"cannot listen on {self.address}: {error.strerror}; choose another address or port"
+            raise StartError(problem) from error
+        return listening
