@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from mindspore import Tensor, nn
 
 from llama31_core.config import ModelConfig
+from llama31_core.errors import ConfigError
 from llama31_core.inference.native_llama import NativeLlama
-from llama31_core.kernels.native import NativeKernelsError, load_library
+from llama31_core.kernels.native import NativeKernelsError, load_library, threads
 from llama31_core.kernels.native import library as library_module
 from llama31_core.model import Llama, PagedAttention
 from llama31_core.model.layers import Layers
@@ -72,8 +73,9 @@ class Paged:
 
     def __init__(self, net: nn.Cell) -> None:
         ms.set_context(mode=ms.GRAPH_MODE)
-        any_shape = Tensor(shape=[None, None], dtype=ms.int32)
-        net.set_inputs(any_shape, any_shape, any_shape, any_shape)
+        any_shape, wanted = Tensor(shape=[None, None], dtype=ms.int32), Tensor(shape=[None], dtype=ms.int32)
+        self._is_native = isinstance(net, NativeLlama)
+        net.set_inputs(any_shape, any_shape, any_shape, any_shape, *[wanted] * self._is_native)
         self._net = net
         self._table = np.random.default_rng(3).permutation(NUM_BLOCKS).astype(np.int32).reshape(3, -1)
 
@@ -81,9 +83,11 @@ class Paged:
         tables_BM = self._table[rows]
         positions_BT = start + np.arange(tokens_BT.shape[1], dtype=np.int32) + np.zeros_like(tokens_BT)
         slots_BT = np.take_along_axis(tables_BM, positions_BT // BLOCK_SIZE, axis=1) * BLOCK_SIZE
-        arrays = (tokens_BT, positions_BT, (slots_BT + positions_BT % BLOCK_SIZE).astype(np.int32), tables_BM)
+        slots_BT = (slots_BT + positions_BT % BLOCK_SIZE).astype(np.int32)
+        wanted = [np.arange(tokens_BT.size, dtype=np.int32)] * self._is_native
+        arrays = (tokens_BT, positions_BT, slots_BT, tables_BM, *wanted)
         logits: Floats = self._net(*(Tensor(array) for array in arrays)).asnumpy()
-        return logits
+        return logits.reshape(*tokens_BT.shape, -1)
 
 
 @needs_native
@@ -122,6 +126,60 @@ def test_a_token_that_shares_a_slot_with_padding_is_not_turned_twice() -> None:
     tokens = np.array([[5, 6, 7]], np.int32)
     alone = native(tokens, 0, [0])
     assert (native(np.repeat(tokens, 2, axis=0), 0, [0, 0]) == alone).all()
+
+
+@needs_native
+def test_logits_of_the_wanted_tokens_alone() -> None:
+    native = NativeLlama(_model(ModelConfig.preset("tiny"), ms.float32, 0))
+    tokens = np.array([[5, 6, 7], [8, 9, 10]], np.int32)
+    positions, slots = np.array([[0, 1, 2]] * 2, np.int32), np.array([[0, 1, 2], [4, 5, 6]], np.int32)
+    tables = np.array([[0], [1]], np.int32)
+    every, some = (
+        native(*map(Tensor, (tokens, positions, slots, tables, np.array(wanted, np.int32)))).asnumpy()
+        for wanted in (range(6), [5, 0])
+    )
+    assert (some == every[[5, 0]]).all()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LLAMA31_NUM_THREADS": "3", "OMP_NUM_THREADS": "1"}, 3),
+        ({"OMP_NUM_THREADS": "5"}, 5),
+        ({}, 2),  # four processors, of which two pairs share a core
+    ],
+)
+def test_threads_are_what_the_user_says_or_one_a_core(
+    variables: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("LLAMA31_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for cpu in range(4):
+        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
+    monkeypatch.setattr(threads, "_TOPOLOGY", tmp_path)
+    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert threads.num_threads() == expected
+
+
+def test_a_quota_of_the_control_group_limits_the_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LLAMA31_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "_TOPOLOGY", tmp_path)  # empty: every processor is a core
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
+    for text, expected in (("max 100000", 8), ("350000 100000", 3), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert threads.num_threads() == expected
+
+
+def test_a_number_of_threads_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA31_NUM_THREADS", "all")
+    with pytest.raises(ConfigError, match="LLAMA31_NUM_THREADS is 'all', expected a number"):
+        threads.num_threads()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""A Llama's parameters run by the native kernels: the same calls and results as the model it is given.
+"""A Llama's parameters run by the native kernels: one operator from token ids to logits.
 
-Shapes: B sequences, T new tokens of each, M blocks of the longest sequence, E = dim, V = vocab_size.
+Shapes: B sequences, T new tokens of each, M blocks of the longest sequence, N rows of logits, V = vocab_size.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from llama31_core.model import Llama
 from llama31_core.model.rope import inverse_frequencies
 from llama31_core.model.transformer import TransformerBlock
 
-_F32, _I32, _WEIGHT = "float32", "int32", "weight"
-_FORMATS = {_F32: DataType.F32_Default, _I32: DataType.I32_Default}
-_WEIGHT_FORMATS = (DataType.F32_Default, DataType.BF16_Default)
+_FORMATS = {
+    ms.int32: DataType.I32_Default,
+    ms.float32: DataType.F32_Default,
+    ms.bfloat16: DataType.BF16_Default,
+}
 
 
 class NativeLlama(nn.Cell):  # type: ignore[misc]
@@ -35,81 +37,53 @@ class NativeLlama(nn.Cell):  # type: ignore[misc]
 
     def __init__(self, llama: Llama) -> None:
         super().__init__(auto_prefix=False)
-        self.llama = llama
         eps, block_size = llama.config.norm_eps, llama.model.layers[0].attention.core.block_size
-        self.settings = Tensor(np.array([eps, block_size], np.float32))
-        self.frequencies_D = Tensor(inverse_frequencies(llama.config))
-        self.layers = nn.CellList([_NativeLayer(block, self.settings) for block in llama.model.layers])
-        self._embed = _operator("Llama31Embedding", _I32, _WEIGHT)
-        self._turns = _operator("Llama31Rope", _I32, _F32)
-        self._norm = _operator("Llama31Norm", _F32, _F32, _F32)
-        self._head = _operator("Llama31Linear", _F32, _WEIGHT)
-
-    def construct(self, tokens_BT: Tensor, positions_BT: Tensor, slots_BT: Tensor, block_tables_BM: Tensor) -> Tensor:
-        """Logits (B, T, V) of every token."""
-        return self.logits(self.model(tokens_BT, positions_BT, slots_BT, block_tables_BM))
-
-    def model(self, tokens_BT: Tensor, positions_BT: Tensor, slots_BT: Tensor, block_tables_BM: Tensor) -> Tensor:
-        """Hidden states (B, T, E)."""
-        x_BTE = self._embed(tokens_BT, self.llama.model.tok_embeddings.embedding_weight)
-        turns = self._turns(positions_BT, self.frequencies_D)
-        for layer in self.layers:
-            x_BTE = layer(x_BTE, turns, positions_BT, slots_BT, block_tables_BM)
-        return self._norm(x_BTE, self.llama.model.norm_out.weight, self.settings)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., E)."""
-        if self.llama.lm_head is None:
-            return self._head(hidden, self.llama.model.tok_embeddings.embedding_weight)
-        return self._head(hidden, self.llama.lm_head.weight)
-
-
-class _NativeLayer(nn.Cell):  # type: ignore[misc]
-    """One layer as one operator. It writes the new keys and values into the caches that it is given."""
-
-    def __init__(self, block: TransformerBlock, settings: Tensor) -> None:
-        super().__init__(auto_prefix=False)
-        self.block = block
-        self.settings = settings
-        weights = [_F32, *[_WEIGHT] * 4, _F32, *[_WEIGHT] * 3]
-        self._layer = _operator("Llama31Layer", _F32, _F32, _I32, _I32, _I32, _F32, *weights, _F32, _F32)
+        head = llama.model.tok_embeddings.embedding_weight if llama.lm_head is None else llama.lm_head.weight
+        self.held = (
+            Tensor(np.array([eps, block_size], np.float32)),
+            Tensor(inverse_frequencies(llama.config)),
+            llama.model.tok_embeddings.embedding_weight,
+            llama.model.norm_out.weight,
+            head,
+            *(parameter for block in llama.model.layers for parameter in _layer(block)),
+        )
+        self._run = _operator([ms.int32] * 5 + [tensor.dtype for tensor in self.held])
 
     def construct(
-        self, x_BTE: Tensor, turns: Tensor, positions_BT: Tensor, slots_BT: Tensor, block_tables_BM: Tensor
+        self, tokens_BT: Tensor, positions_BT: Tensor, slots_BT: Tensor, block_tables_BM: Tensor, wanted_N: Tensor
     ) -> Tensor:
-        """The residual stream after this layer."""
-        attention, feed_forward = self.block.attention, self.block.feed_forward
-        return self._layer(
-            x_BTE,
-            turns,
-            positions_BT,
-            slots_BT,
-            block_tables_BM,
-            self.settings,
-            self.block.attention_norm.weight,
-            attention.wq.weight,
-            attention.wk.weight,
-            attention.wv.weight,
-            attention.wo.weight,
-            self.block.ffn_norm.weight,
-            feed_forward.w1.weight,
-            feed_forward.w2.weight,
-            feed_forward.w3.weight,
-            attention.core.k_cache,
-            attention.core.v_cache,
-        )
+        """Logits (N, V) of the tokens whose indexes among the B * T are wanted."""
+        return self._run(tokens_BT, positions_BT, slots_BT, block_tables_BM, wanted_N, *self.held)
 
 
-def _operator(function: str, *inputs: str) -> ops.Custom:
-    info = CustomRegOp()
-    for index in range(len(inputs)):
+def _layer(block: TransformerBlock) -> tuple[ms.Parameter, ...]:
+    """A layer's parameters in the operator's order; it writes new keys and values into the caches."""
+    attention, feed_forward = block.attention, block.feed_forward
+    return (
+        block.attention_norm.weight,
+        attention.wq.weight,
+        attention.wk.weight,
+        attention.wv.weight,
+        attention.wo.weight,
+        block.ffn_norm.weight,
+        feed_forward.w1.weight,
+        feed_forward.w2.weight,
+        feed_forward.w3.weight,
+        attention.core.k_cache,
+        attention.core.v_cache,
+    )
+
+
+def _operator(dtypes: list[ms.Type]) -> ops.Custom:
+    # MindSpore keeps one registration for a name, so the name says what the inputs are.
+    kinds = "bf16" if ms.bfloat16 in dtypes else "f32"
+    info = CustomRegOp(f"Llama31Model_{len(dtypes)}_{kinds}")
+    for index in range(len(dtypes)):
         info = info.input(index, f"x{index}")
-    info = info.output(0, "y")
-    for weight in _WEIGHT_FORMATS:  # MindSpore keeps one registration a function, so it has to name both types
-        info = info.dtype_format(*(_FORMATS.get(kind, weight) for kind in inputs), DataType.F32_Default)
-    # The output's shape comes from the library's <function>InferShape, which also serves dynamic shapes.
+    info = info.output(0, "y").dtype_format(*(_FORMATS[dtype] for dtype in dtypes), DataType.F32_Default)
+    # The output's shape comes from the library's Llama31ModelInferShape, which also serves dynamic shapes.
     return ops.Custom(
-        f"{load_library()}:{function}",
+        f"{load_library()}:Llama31Model",
         out_shape=None,
         out_dtype=ms.float32,
         func_type="aot",

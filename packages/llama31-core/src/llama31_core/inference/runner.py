@@ -36,7 +36,7 @@ _Ints = npt.NDArray[np.int32]
 class _WantedLogits(nn.Cell):  # type: ignore[misc]
     """The model with the head applied to some of the tokens alone."""
 
-    def __init__(self, llama: Llama | NativeLlama) -> None:
+    def __init__(self, llama: Llama) -> None:
         super().__init__(auto_prefix=False)
         self.llama = llama
 
@@ -73,7 +73,7 @@ class GraphRunner:
         self.block_size = block_size
         self.num_host_blocks = num_host_blocks
         self.adapters = adapters
-        self._net = _WantedLogits(NativeLlama(llama) if native else llama)
+        self._net = NativeLlama(llama) if native else _WantedLogits(llama)
         self._net.set_train(False)
         any_shape = Tensor(shape=[None, None], dtype=ms.int32)
         self._net.set_inputs(any_shape, any_shape, any_shape, any_shape, Tensor(shape=[None], dtype=ms.int32))

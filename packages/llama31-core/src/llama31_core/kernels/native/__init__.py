@@ -1,4 +1,4 @@
-"""C++ kernels for inference on a CPU: one operator a layer, bfloat16 or float32 weights, float32 activations.
+"""C++ kernels for inference on a CPU: the model is one operator, bfloat16 or float32 weights, float32 activations.
 
 `library` compiles them; `inference.native_llama` runs a model through them. The portable kernels are their oracle.
 """

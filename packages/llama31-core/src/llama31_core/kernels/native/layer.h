@@ -17,23 +17,35 @@ namespace llama31 {
 
 constexpr int64_t kTokenTile = 16;  // tokens whose queries go through the keys together
 
-struct LayerInputs {
-  const float *x, *turns;  // cosines, then sines
-  const int32_t *positions, *slots, *tables;
-  const float *settings;  // eps, block_size
-  const float *attention_norm, *ffn_norm;
-  const void *wq, *wk, *wv, *wo, *w1, *w2, *w3;
-  float *keys, *values;
+struct Shapes {
   int64_t batch, tokens, dim, q_width, kv_width, kv_heads, width, ffn, table_length;
+};
+
+struct LayerWeights {
+  const float *attention_norm;
+  const void *wq, *wk, *wv, *wo;
+  const float *ffn_norm;
+  const void *w1, *w2, *w3;
+  float *keys, *values;
+};
+
+// What a pass has for all layers: cosines, then sines; where tokens stand and lie; eps and block_size.
+struct Step {
+  const float *turns;
+  const int32_t *positions, *slots, *tables;
+  const float *settings;
 };
 
 // The phases of a layer, over buffers that all layers share.
 template <typename T>
 class Layer {
  public:
-  Layer(const LayerInputs &in, float *out)
+  // x (B, T, E) goes in and comes out.
+  Layer(const Shapes &in, const Step &step, const LayerWeights &weights, float *x)
       : in_(in),
-        out_(out),
+        step_(step),
+        weights_(weights),
+        x_(x),
         rows_(in.batch * in.tokens),
         group_(in.q_width / in.width / in.kv_heads),
         q_(Buffer<0>(rows_ * in.q_width)),
@@ -43,16 +55,16 @@ class Layer {
         input_(InputBuffer(rows_ * std::max({in.dim, in.q_width, in.ffn}))) {}
 
   void Run() {
-    Norm(in_.x, in_.attention_norm);
+    Norm(weights_.attention_norm);
     ProjectHeads();
     TurnAndStoreKeys();
     AttendAll();
     Take(mixed_, in_.q_width, in_.q_width);
-    ProjectAndAdd(in_.wo, in_.q_width, in_.x);
-    Norm(out_, in_.ffn_norm);
+    ProjectAndAdd(weights_.wo, in_.q_width);
+    Norm(weights_.ffn_norm);
     Gate();
     Take(gated_, 2 * in_.ffn, in_.ffn);
-    ProjectAndAdd(in_.w2, in_.ffn, out_);
+    ProjectAndAdd(weights_.w2, in_.ffn);
   }
 
  private:
@@ -68,12 +80,12 @@ class Layer {
   }
 
   // Rows of x, normed, become the input of the next product.
-  void Norm(const float *x, const float *weight) {
+  void Norm(const float *weight) {
     pool_.For(rows_, 16, [&](int64_t begin, int64_t end) {
       static thread_local std::vector<float> buffer;
       float *normed = Scratch(buffer, in_.dim);
       for (int64_t r = begin; r < end; ++r) {
-        RmsNorm(x + r * in_.dim, weight, in_.settings[0], in_.dim, normed);
+        RmsNorm(x_ + r * in_.dim, weight, step_.settings[0], in_.dim, normed);
         Convert(normed, input_ + r * in_.dim, in_.dim);
       }
     });
@@ -96,20 +108,20 @@ class Layer {
         MatmulRows(input_, static_cast<const T *>(w), rows_, in_.dim, first - from, last - from,
                    [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) { _mm_mask_storeu_ps(row_of(m) + n, kept, v); });
       };
-      part(0, q_end, in_.wq, [&](int64_t m) { return q_ + m * in_.q_width; });
-      part(q_end, k_end, in_.wk, [&](int64_t m) { return k_ + m * in_.kv_width; });
-      part(k_end, all, in_.wv, [&](int64_t m) { return in_.values + in_.slots[m] * in_.kv_width; });
+      part(0, q_end, weights_.wq, [&](int64_t m) { return q_ + m * in_.q_width; });
+      part(q_end, k_end, weights_.wk, [&](int64_t m) { return k_ + m * in_.kv_width; });
+      part(k_end, all, weights_.wv, [&](int64_t m) { return weights_.values + step_.slots[m] * in_.kv_width; });
     });
   }
 
   void TurnAndStoreKeys() {
     pool_.For(rows_, 8, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const float *cosine = in_.turns + r * in_.width / 2, *sine = cosine + rows_ * in_.width / 2;
+        const float *cosine = step_.turns + r * in_.width / 2, *sine = cosine + rows_ * in_.width / 2;
         float *query = q_ + r * in_.q_width, *key = k_ + r * in_.kv_width;
         for (int64_t at = 0; at < in_.q_width; at += in_.width) Rotate(query + at, cosine, sine, in_.width);
         for (int64_t at = 0; at < in_.kv_width; at += in_.width) Rotate(key + at, cosine, sine, in_.width);
-        std::copy(key, key + in_.kv_width, in_.keys + in_.slots[r] * in_.kv_width);
+        std::copy(key, key + in_.kv_width, weights_.keys + step_.slots[r] * in_.kv_width);
       }
     });
   }
@@ -127,24 +139,24 @@ class Layer {
           const int64_t r = b * in_.tokens + t;
           for (int64_t g = 0; g < group_; ++g) {
             const int64_t at = r * in_.q_width + (kv_head * group_ + g) * in_.width;
-            queries.Add(q_ + at, mixed_ + at, in_.positions[r] + 1);
+            queries.Add(q_ + at, mixed_ + at, step_.positions[r] + 1);
           }
         }
         int64_t *offsets = Scratch(offsets_buffer, queries.longest);
-        FindTokens(in_.tables + b * in_.table_length, queries.longest, static_cast<int64_t>(in_.settings[1]),
+        FindTokens(step_.tables + b * in_.table_length, queries.longest, static_cast<int64_t>(step_.settings[1]),
                    in_.kv_width, offsets);
         const int64_t head = kv_head * in_.width;
-        Attend(queries, {in_.keys + head, in_.values + head, offsets, in_.width});
+        Attend(queries, {weights_.keys + head, weights_.values + head, offsets, in_.width});
       }
     });
   }
 
-  void ProjectAndAdd(const void *w, int64_t k, const float *residual) {
+  void ProjectAndAdd(const void *w, int64_t k) {
     ForWeightRows(in_.dim, [&](int64_t begin, int64_t end) {
       MatmulRows(input_, static_cast<const T *>(w), rows_, k, begin, end,
                  [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
-                   const __m128 before = _mm_maskz_loadu_ps(kept, residual + m * in_.dim + n);
-                   _mm_mask_storeu_ps(out_ + m * in_.dim + n, kept, _mm_add_ps(before, v));
+                   float *at = x_ + m * in_.dim + n;
+                   _mm_mask_storeu_ps(at, kept, _mm_add_ps(_mm_maskz_loadu_ps(kept, at), v));
                  });
     });
   }
@@ -152,7 +164,7 @@ class Layer {
   // silu(w1 x) * w3 x, in the first half of each row of gated_.
   void Gate() {
     ForWeightRows(in_.ffn, [&](int64_t begin, int64_t end) {
-      for (const auto &[w, shift] : {std::pair{in_.w1, int64_t{0}}, std::pair{in_.w3, in_.ffn}}) {
+      for (const auto &[w, shift] : {std::pair{weights_.w1, int64_t{0}}, std::pair{weights_.w3, in_.ffn}}) {
         MatmulRows(input_, static_cast<const T *>(w), rows_, in_.dim, begin, end,
                    [&, shift = shift](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
                      _mm_mask_storeu_ps(gated_ + m * 2 * in_.ffn + shift + n, kept, v);
@@ -166,8 +178,10 @@ class Layer {
   }
 
   ThreadPool &pool_ = ThreadPool::Get();
-  const LayerInputs &in_;
-  float *out_;
+  const Shapes &in_;
+  const Step &step_;
+  const LayerWeights &weights_;
+  float *x_;
   int64_t rows_, group_;
   float *q_, *k_, *mixed_, *gated_;
   T *input_;

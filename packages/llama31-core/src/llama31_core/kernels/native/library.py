@@ -5,6 +5,7 @@ It is compiled at first use and found again by a hash of the sources, the compil
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from llama31_core.errors import Llama31Error
+from llama31_core.kernels.native.threads import num_threads
 
 _SOURCES = Path(__file__).parent
 # The instructions that the kernels are written in; /proc/cpuinfo's names and the compiler's.
@@ -38,6 +40,7 @@ def load_library() -> Path:
     """The compiled library, built if it is not in the cache yet (about five seconds).
 
     Raises:
+        ConfigError: a variable for the number of threads is not a number.
         NativeKernelsError: switched off by LLAMA31_NATIVE_KERNELS=0, or the CPU lacks an instruction, or there is
             no C++ compiler, or it failed.
     """
@@ -52,6 +55,7 @@ def load_library() -> Path:
     library = _cache_directory() / _fingerprint(compiler) / "libllama31_kernels.so"
     if not library.exists():
         _compile(compiler, library)
+    ctypes.CDLL(str(library)).Llama31SetNumThreads(num_threads())
     return library
 
 

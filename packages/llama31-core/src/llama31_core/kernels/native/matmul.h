@@ -143,4 +143,14 @@ inline void Convert(const float *from, Bf16 *to, int64_t count) {
   }
 }
 
+// Rows of a weight's type as float32.
+inline void Widen(const float *from, float *to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
+
+inline void Widen(const Bf16 *from, float *to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i].bits) << 16;
+    std::memcpy(to + i, &bits, sizeof(bits));
+  }
+}
+
 }  // namespace llama31

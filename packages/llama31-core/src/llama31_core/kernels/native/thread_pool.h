@@ -7,7 +7,6 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -19,8 +18,10 @@ namespace llama31 {
 
 class ThreadPool {
  public:
+  inline static int num_threads = 1;  // for the first Get()
+
   static ThreadPool &Get() {
-    static ThreadPool *pool = new ThreadPool(NumThreads());  // never destroyed: workers may outlive main's statics
+    static ThreadPool *pool = new ThreadPool(num_threads);  // never destroyed: workers may outlive main's statics
     return *pool;
   }
 
@@ -54,14 +55,6 @@ class ThreadPool {
       workers_.emplace_back([this] { Work(); });
       workers_.back().detach();
     }
-  }
-
-  static int NumThreads() {
-    for (const char *name : {"LLAMA31_NUM_THREADS", "OMP_NUM_THREADS"}) {
-      const char *value = std::getenv(name);
-      if (value != nullptr && std::atoi(value) > 0) return std::atoi(value);
-    }
-    return std::max(1u, std::thread::hardware_concurrency());
   }
 
   void TakeParts() {
