@@ -35,7 +35,7 @@ class Files:
     authority: trustme.CA
 
     def server_tls(self, *, mutual: bool = False) -> ServerTls:
-        return ServerTls(self.cert, self.key, self.ca if mutual else None)
+        return ServerTls(self.cert, self.key, (self.ca,) if mutual else ())
 
 
 def write(certificate: trustme.LeafCert, directory: Path, name: str) -> tuple[Path, Path]:
@@ -138,10 +138,10 @@ Break = Callable[[Files], ServerTls]
 @pytest.mark.parametrize(
     ("break_", "message"),
     [
-        (lambda f: ServerTls(f.cert, f.cert.parent / "none"), "--tls_key .*none: no such file"),
-        (lambda f: ServerTls(f.cert, f.client_key), "not a PEM certificate and its unencrypted key"),
-        (lambda f: ServerTls(f.key, f.key), "not a PEM certificate and its unencrypted key"),
-        (lambda f: ServerTls(f.cert, f.key, f.key), "--tls_client_ca .*: not a PEM certificate"),
+        (lambda f: ServerTls(f.cert, f.cert.parent / "none"), "none: no such file"),
+        (lambda f: ServerTls(f.cert, f.client_key), "not a PEM certificate and its key"),
+        (lambda f: ServerTls(f.key, f.key), "not a PEM certificate and its key"),
+        (lambda f: ServerTls(f.cert, f.key, (f.key,)), "TLS: .*: not a PEM certificate"),
     ],
 )
 def test_wrong_certificate_files(files: Files, break_: Break, message: str) -> None:

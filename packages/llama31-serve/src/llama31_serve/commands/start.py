@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,105 +16,95 @@ from llama31_serve.errors import ServeError, StartError
 
 if TYPE_CHECKING:
     from llama31_serve.server.app import Server
-    from llama31_serve.server.listener import Security
+    from llama31_serve.server.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's flags."""
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model directory")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=int, default=50051, help="gRPC port; 0 takes any free one (default: %(default)s)"
-    )
+    """Declare the command's flags. None is "not said": a config.json or the default decides."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, metavar="DIR", help="model directory")
+    what.add_argument("--config", type=Path, metavar="JSON", help="MindIE's config.json; the other flags go before it")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="gRPC port; 0 takes any free one (default: 50051)")
     parser.add_argument("--model_name", help="name in GetModelInfo (default: the directory's)")
-    parser.add_argument(
-        "--max_running",
-        type=int,
-        default=64,
-        help="completions that run at once; twice as many wait (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--default_max_tokens", type=int, default=512, help="for requests that do not say (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--drain_timeout_s",
-        type=float,
-        default=30.0,
-        help="what running requests get after SIGTERM (default: %(default)s)",
-    )
+    parser.add_argument("--max_running", type=int, help="completions at once; twice as many wait (default: 64)")
+    parser.add_argument("--max_per_tenant", type=int, help="completions of one tenant that run or wait (default: any)")
+    parser.add_argument("--default_max_tokens", type=int, help="for requests that do not say (default: 512)")
+    parser.add_argument("--drain_timeout_s", type=float, help="what running requests get after SIGTERM (default: 30)")
     parser.add_argument("--control_port", type=int, help="port of ControlService; 0 takes any free one (default: none)")
-    parser.add_argument("--control_host", default="127.0.0.1", help="its address (default: %(default)s)")
+    parser.add_argument("--control_host", help="its address, and that of management and metrics (default: 127.0.0.1)")
     parser.add_argument("--http_port", type=int, help="port of HTTP at --host; 0 takes any free one (default: none)")
     parser.add_argument("--management_port", type=int, help="port of HTTP's management at --control_host")
-    parser.add_argument("--tls_cert", type=Path, metavar="PEM", help="serve with TLS: the certificate chain")
-    parser.add_argument("--tls_key", type=Path, metavar="PEM", help="the key of --tls_cert, unencrypted")
-    parser.add_argument("--tls_client_ca", type=Path, metavar="PEM", help="demand client certificates of this CA")
-    parser.add_argument("--token_file", type=Path, help="demand one of the bearer tokens in this file, one a line")
+    parser.add_argument("--metrics_port", type=int, help="port of /metrics at --control_host; management has it too")
+    _add_security_arguments(parser)
     parser.add_argument("--max_seq_len", type=int, help="most tokens of prompt and completion (default: the model's)")
     parser.add_argument("--max_batch_size", type=int, help="most sequences in one step (default: the engine's)")
     parser.add_argument("--num_blocks", type=int, help="blocks of the KV cache (default: the engine's)")
     parser.add_argument("--block_size", type=int, help="tokens per block of the KV cache (default: the engine's)")
+    parser.add_argument("--max_loras", type=int, help="adapters that can be loaded at once (default: none)")
+    parser.add_argument("--log_level", choices=("debug", "info", "warning", "error"), help="(default: warning)")
+
+
+def _add_security_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tls_cert", type=Path, metavar="PEM", help="serve with TLS: the certificate chain")
+    parser.add_argument("--tls_key", type=Path, metavar="PEM", help="the key of --tls_cert")
+    parser.add_argument("--tls_key_password", type=Path, metavar="FILE", help="file whose first line opens the key")
+    parser.add_argument("--tls_client_ca", type=Path, metavar="PEM", help="demand client certificates of this CA")
+    parser.add_argument("--tls_crl", type=Path, metavar="PEM", help="client certificates that are revoked")
     parser.add_argument(
-        "--allow_special_tokens", action="store_true", help="let callers write control tokens into text prompts"
+        "--tls_allow_name",
+        action="append",
+        metavar="NAME",
+        help="take only client certificates with this alternative name",
     )
-    parser.add_argument("--allow_any_address", action="store_true", help="let --host be 0.0.0.0 or ::")
-    parser.add_argument("--log_level", default="warning", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--token_file", type=Path, help="demand one of the bearer tokens in this file, one a line")
+    parser.add_argument(
+        "--allow_special_tokens", action="store_true", default=None, help="callers may write control tokens into text"
+    )
+    parser.add_argument("--allow_any_address", action="store_true", default=None, help="let --host be 0.0.0.0 or ::")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve. Raises ServeError, or the error of the model's files, when the server can't start."""
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        from llama31_serve.server import core_engine, model_text
+        from llama31_serve.server import core_engine, model_files, model_text
         from llama31_serve.server.app import Server
-        from llama31_serve.server.options import EngineOptions, ServerOptions, check_model_dir
+        from llama31_serve.server.logs import set_up_log
+        from llama31_serve.server.start_settings import read_settings
     except ImportError as error:
         raise StartError(f"{error}; the server needs: pip install 'llama31-serve[server]'") from error
-    engine_options = EngineOptions(
-        max_seq_len=arguments.max_seq_len,
-        max_batch_size=arguments.max_batch_size,
-        num_blocks=arguments.num_blocks,
-        block_size=arguments.block_size,
-    )
-    options = ServerOptions(
-        host=arguments.host,
-        port=arguments.port,
-        model_name=arguments.model_name or arguments.model.resolve().name,
-        max_running=arguments.max_running,
-        default_max_tokens=arguments.default_max_tokens,
-        drain_timeout_s=arguments.drain_timeout_s,
-        allow_special_tokens=arguments.allow_special_tokens,
-        allow_any_address=arguments.allow_any_address,
-        control_host=arguments.control_host,
-        control_port=arguments.control_port,
-        http_port=arguments.http_port,
-        management_port=arguments.management_port,
-        engine=engine_options,
-    )
-    security = _security(arguments)
-    check_model_dir(arguments.model)
-    plan = core_engine.plan_engine(arguments.model, engine_options)  # what cannot work is said before weights load
-    load_text = functools.partial(model_text.load_text, arguments.model)
-    load_engine = functools.partial(core_engine.load_engine, plan, arguments.model)
+    settings = read_settings(arguments)
+    set_up_log(settings.log_level, settings.log_file)
+    files = model_files.find_model_files(settings.model_dir)
+    # What cannot work is said before weights load.
+    engine_options, notes = core_engine.fit_caches(files.directory, settings)
+    plan = core_engine.plan_engine(files.directory, engine_options)
+    device, dtype = core_engine.describe(files.directory)
+    options = replace(settings.options, device_type=device, model_dtype=dtype)
+    _warn(arguments.config, (*settings.notes, *notes))
+    _choose_devices(settings)
+    load_text = functools.partial(model_text.load_text, files.tokenizer)
+    load_engine = functools.partial(core_engine.load_engine, plan, files.weights)
 
     async def main() -> int:
-        return await serve_until_signal(Server(options, load_text, load_engine, security))
+        server = Server(options, load_text, load_engine, settings.security, settings.management_security)
+        return await serve_until_signal(server)
 
     return asyncio.run(main())
 
 
-def _security(arguments: argparse.Namespace) -> Security:
-    from llama31_serve.server.listener import Security
-    from llama31_serve.server.tls import ServerTls
-    from llama31_serve.server.token_auth import load_tokens
+def _warn(config: Path | None, notes: tuple[str, ...]) -> None:
+    if notes:
+        logger.warning("%s: without effect, or not as written: %s", config, "; ".join(notes))
 
-    tls = None
-    if arguments.tls_cert is not None and arguments.tls_key is not None:
-        tls = ServerTls(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
-    elif arguments.tls_cert is not None or arguments.tls_key is not None or arguments.tls_client_ca is not None:
-        raise StartError("TLS needs both --tls_cert and --tls_key; give both")
-    tokens = () if arguments.token_file is None else load_tokens(arguments.token_file)
-    return Security(tls, tokens)
+
+def _choose_devices(settings: Settings) -> None:
+    """Ascend's runtime reads this when MindSpore is imported; a CPU does not. Not run on hardware."""
+    if settings.visible_devices is not None:
+        devices = ",".join(str(device) for device in settings.visible_devices)
+        os.environ.setdefault("ASCEND_RT_VISIBLE_DEVICES", devices)
 
 
 async def serve_until_signal(server: Server) -> int:

@@ -60,9 +60,11 @@ class Server:
         load_text: Callable[[], TextModel],
         load_engine: Callable[[], Engine],
         security: Security | None = None,
+        management_security: Security | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         security = security or Security()
+        management = management_security or security
         self.options = options
         self.lifecycle = Lifecycle(self._set_health)
         self.observer = Observers(observers)
@@ -73,9 +75,9 @@ class Server:
         self.listener = Listener(options.host, options.port, security)
         self.control: Listener | None = None
         if options.control_port is not None:
-            self.control = Listener(options.control_host, options.control_port, security)
+            self.control = Listener(options.control_host, options.control_port, management)
         self.holder = ModelHolder(self.lifecycle)
-        self.http = self._http(security)
+        self.http = self._http(security, management)
         self._broken = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._load_text = load_text
@@ -115,8 +117,12 @@ class Server:
         self._detokenizer.start()
         self.engine.start()
         engine = await asyncio.wrap_future(self.engine.ready)
-        allow = self.options.allow_special_tokens
-        text = self._text = TextWorker(model, engine.compile_grammar, allow_special_tokens=allow)
+        text = self._text = TextWorker(
+            model,
+            engine.compile_grammar,
+            allow_special_tokens=self.options.allow_special_tokens,
+            num_threads=self.options.tokenizer_threads,
+        )
         limits = Limits(
             vocab_size=engine.vocab_size,
             max_seq_len=engine.max_seq_len,
@@ -177,8 +183,9 @@ class Server:
         names = (*(service.full_name for service in services), health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, listener.grpc)
 
-    def _http(self, security: Security) -> HttpDoors | None:
-        if self.options.http_port is None and self.options.management_port is None:
+    def _http(self, security: Security, management: Security) -> HttpDoors | None:
+        ports = (self.options.http_port, self.options.management_port, self.options.metrics_port)
+        if all(port is None for port in ports):
             return None
         try:
             from llama31_serve.server.http.doors import HttpDoors, HttpParts
@@ -186,7 +193,7 @@ class Server:
             raise StartError(f"{error}; HTTP needs: pip install 'llama31-serve[server,http]'") from error
         drain = self.drain_requested.set
         parts = HttpParts(self.holder, self.lifecycle, self.engine, self.observer, drain)
-        return HttpDoors(self.options, security, parts)
+        return HttpDoors(self.options, security, management, parts)
 
     def _control_service(self) -> ControlService:
         def generator() -> Generator | None:

@@ -1,14 +1,16 @@
-"""llama31_core's engine in the shape the server knows: the one module that imports llama31_core."""
+"""llama31_core's engine in the shape the server knows: with model_files.py, all that imports llama31_core."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import cast
 
 from llama31_core import Engine, ModelConfig, SamplingParams
 from llama31_core.errors import Llama31Error, RequestError
+from llama31_core.inference.cache_plan import available_memory_bytes, block_size_bytes
 from llama31_core.inference.engine_plan import EnginePlan
 from llama31_core.inference.logits_mask import LogitsMaskFactory
 from llama31_core.inference.options import EngineOptions as CoreOptions
@@ -24,6 +26,10 @@ from llama31_serve.server.engine import (
     UnknownAdapterError,
 )
 from llama31_serve.server.options import EngineOptions
+from llama31_serve.server.settings import Settings
+
+ASCEND = Path("/dev/davinci_manager")
+GIB = 1 << 30
 
 # Sampling's fields that are SamplingParams' under the same name.
 _SHARED = {field.name for field in fields(Sampling)} & {field.name for field in fields(SamplingParams)}
@@ -92,6 +98,40 @@ class CoreEngine:
             self._engine.unload_adapter(name)
         except Llama31Error as error:
             raise AdapterError(str(error)) from error
+
+
+def fit_caches(model_dir: Path, settings: Settings) -> tuple[EngineOptions, list[str]]:
+    """The engine's options with blocks for the host's cache; on a CPU both caches lie in the memory that there is.
+
+    A device's own memory is what an operator knows best. On a CPU, a size meant for a device would take the machine's
+    last byte, so the cache is no larger than a full batch could use, and than a quarter of what is free.
+    """
+    config = ModelConfig.from_pretrained(model_dir)
+    options, notes = settings.engine, []
+    block_bytes = block_size_bytes(config, options.block_size or CoreOptions.block_size)
+    asked = options.cache_memory_bytes
+    if asked is not None and not ASCEND.exists():
+        batch, longest = options.max_batch_size or CoreOptions.max_batch_size, options.max_seq_len or config.max_seq_len
+        useful = batch * -(-longest // (options.block_size or CoreOptions.block_size)) * block_bytes
+        free = available_memory_bytes()
+        spare = asked if free is None else (free - 4 * config.num_parameters) // 4
+        given = max(block_bytes, min(asked, useful, spare))
+        if given < asked:
+            options = replace(options, cache_memory_bytes=given)
+            notes.append(f"npuMemSize {asked / GIB:g} GiB (on this CPU the cache has {given / GIB:.1f} GiB)")
+    if settings.host_cache_bytes:
+        blocks = settings.host_cache_bytes // block_bytes
+        if not ASCEND.exists():
+            blocks = min(blocks, (options.cache_memory_bytes or GIB) // block_bytes // 2)
+        options = replace(options, num_host_blocks=blocks)
+    return options, notes
+
+
+def describe(model_dir: Path) -> tuple[str, str | None]:
+    """What GET /info tells of device and numbers."""
+    values = json.loads((model_dir / "config.json").read_text("utf-8"))
+    dtype = values.get("torch_dtype") or values.get("dtype") or values.get("compute_dtype")
+    return "npu" if ASCEND.exists() else "cpu", None if dtype is None else str(dtype)
 
 
 def plan_engine(model_dir: Path, options: EngineOptions) -> EnginePlan:

@@ -33,7 +33,9 @@ class Listener:
     """Add servicers to `grpc`, then `start`."""
 
     def __init__(self, host: str, port: int, security: Security) -> None:
-        self.grpc = grpc.aio.server(options=GRPC_OPTIONS, interceptors=[CallerInterceptor(security.tokens)])
+        peers = None if security.tls is None or not security.tls.peers else security.tls.peers
+        interceptor = CallerInterceptor(security.tokens, peers)
+        self.grpc = grpc.aio.server(options=GRPC_OPTIONS, interceptors=[interceptor])
         self._credentials = None if security.tls is None else security.tls.credentials()
         self._host = host
         self.port = port

@@ -14,12 +14,12 @@ Mappings = Sequence[Mapping[str, Any]]
 EncodeConversation = Callable[[Mappings, Mappings], list[int]]
 
 
-def load_text(model_dir: Path) -> TextModel:
-    """The tokenizer and chat format of a model directory. Raises llama31_tokenizer's errors.
+def load_text(path: Path) -> TextModel:
+    """The tokenizer and chat format of a model directory, or of a vocabulary file. Raises llama31_tokenizer's errors.
 
     A model without a chat format is served all the same; conversations are then refused, one by one.
     """
-    tokenizer = Tokenizer.from_pretrained(model_dir)
+    tokenizer = Tokenizer.from_pretrained(path) if path.is_dir() else Tokenizer.from_file(path)
 
     def stream_decoder(skip_special_tokens: bool) -> StreamDecoder:
         return StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)

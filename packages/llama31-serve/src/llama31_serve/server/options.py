@@ -9,6 +9,15 @@ from pathlib import Path
 
 from llama31_serve.errors import StartError
 
+COUNTS = (
+    "max_running",
+    "max_per_tenant",
+    "default_max_tokens",
+    "max_prompt_tokens",
+    "max_new_tokens",
+    "tokenizer_threads",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -37,9 +46,11 @@ class ServerOptions:
         default_max_tokens: for requests that do not say.
         max_prompt_tokens: longer prompts are refused, or cut at their beginning with `truncate_prompts`.
         max_new_tokens: most tokens of a completion.
+        tokenizer_threads: how many texts are tokenised at once.
         drain_timeout_s: how long running requests may take after SIGTERM.
         control_host, control_port: listener of ControlService; none if the port is None.
-        http_port: HTTP at `host`, management_port: HTTP's management at `control_host`; none if the port is None.
+        http_port: HTTP at `host`, management_port: HTTP's management at `control_host`, metrics_port: /metrics there;
+            none if the port is None. The management has /metrics too.
         allow_special_tokens: callers may write control tokens into text.
         allow_any_address: listening on 0.0.0.0 or :: is meant.
         engine, device_type, model_dtype: what the engine was asked for, runs on and computes in, for GET /info.
@@ -54,11 +65,13 @@ class ServerOptions:
     max_prompt_tokens: int | None = None
     max_new_tokens: int | None = None
     truncate_prompts: bool = False
+    tokenizer_threads: int = 2
     drain_timeout_s: float = 30.0
     control_host: str = "127.0.0.1"
     control_port: int | None = None
     http_port: int | None = None
     management_port: int | None = None
+    metrics_port: int | None = None
     allow_special_tokens: bool = False
     allow_any_address: bool = False
     engine: EngineOptions = EngineOptions()
@@ -66,18 +79,25 @@ class ServerOptions:
     model_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("port", "control_port", "http_port", "management_port"):
+        for name in ("port", "control_port", "http_port", "management_port", "metrics_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise StartError(f"--{name} is {port}, allowed are 0 (any free one) to 65535")
-        for name in ("max_running", "max_per_tenant", "default_max_tokens", "max_prompt_tokens", "max_new_tokens"):
+        for name in (
+            "max_running",
+            "max_per_tenant",
+            "default_max_tokens",
+            "max_prompt_tokens",
+            "max_new_tokens",
+            "tokenizer_threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StartError(f"--{name} is {value}, allowed are numbers from 1 up")
         if not self.drain_timeout_s >= 0:
             raise StartError(f"--drain_timeout_s is {self.drain_timeout_s}, allowed are numbers from 0 up")
         for name, host in (("host", self.host), ("control_host", self.control_host)):
-            if not self.allow_any_address and _is_any_address(host):
+            if not self.allow_any_address and is_any_address(host):
                 raise StartError(
                     f"--{name} {host} listens on every interface; name one address, or add --allow_any_address"
                 )
@@ -88,7 +108,8 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _is_any_address(host: str) -> bool:
+def is_any_address(host: str) -> bool:
+    """Whether this is no address of a machine but all of them."""
     try:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:

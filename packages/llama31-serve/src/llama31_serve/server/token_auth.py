@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import grpc
 
 from llama31_serve.errors import StartError
 from llama31_serve.server.caller import ANONYMOUS, CALLER, Caller
+from llama31_serve.server.peer_check import PeerCheck
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 _WRAP = {
@@ -65,8 +67,10 @@ def tenant_of(authorization: str, tokens: tuple[Token, ...]) -> str | None:
 class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Finds out who calls, for everything that this call does, and refuses whoever has none of the tokens."""
 
-    def __init__(self, tokens: tuple[Token, ...]) -> None:
+    def __init__(self, tokens: tuple[Token, ...], peers: PeerCheck | None = None) -> None:
+        """`peers`: whose client certificates are taken, if not all that are signed."""
         self._tokens = tokens
+        self._peers = peers
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Any:
         """See grpc.aio.ServerInterceptor."""
@@ -77,7 +81,33 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if tenant is None and not method.startswith(HEALTH_PREFIX):
             return None if handler is None else _refusing(handler)
         CALLER.set(Caller(tenant or ANONYMOUS, method, str(metadata.get("traceparent", ""))))
-        return handler
+        return handler if self._peers is None or handler is None else _checking(handler, self._peers)
+
+
+def _checking(handler: Any, peers: PeerCheck) -> Any:
+    """The same handler behind a look at the client's certificate."""
+    streams = handler.request_streaming, handler.response_streaming
+    behaviour = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)[
+        2 * streams[0] + streams[1]
+    ]
+
+    async def check(context: Any) -> None:
+        shown = context.auth_context().get("x509_pem_cert")
+        problem = peers.problem_of_pem(shown[0]) if shown else "the client has no certificate"
+        if problem is not None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, problem)
+
+    async def answer(request: Any, context: Any) -> Any:
+        await check(context)
+        return await behaviour(request, context)
+
+    async def generate(request: Any, context: Any) -> Any:
+        await check(context)
+        async for response in behaviour(request, context):
+            yield response
+
+    checked = generate if inspect.isasyncgenfunction(behaviour) else answer
+    return _WRAP[streams](checked, handler.request_deserializer, handler.response_serializer)
 
 
 def _refusing(handler: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,16 +53,18 @@ class HttpDoors:
         StartError: certificates that can't be used.
     """
 
-    def __init__(self, options: ServerOptions, security: Security, parts: HttpParts) -> None:
-        tls = None if security.tls is None else security.tls.context()
+    def __init__(
+        self, options: ServerOptions, security: Security, management_security: Security, parts: HttpParts
+    ) -> None:
         self.business: HttpListener | None = None
         self.management: HttpListener | None = None
         if options.http_port is not None:
             app = _guarded(_business_routes(parts), security, parts)
-            self.business = HttpListener(app, options.host, options.http_port, tls)
+            self.business = HttpListener(app, options.host, options.http_port, _tls(security))
         if options.management_port is not None:
-            app = _guarded(_management_routes(parts, options), security, parts)
-            self.management = HttpListener(app, options.control_host, options.management_port, tls)
+            app = _guarded(_management_routes(parts, options), management_security, parts)
+            port = options.management_port
+            self.management = HttpListener(app, options.control_host, port, _tls(management_security))
 
     def named(self) -> list[tuple[str, HttpListener]]:
         """The listeners that there are."""
@@ -76,6 +79,10 @@ class HttpDoors:
     async def close(self) -> None:
         """Stop listening."""
         await asyncio.gather(*(listener.close() for _, listener in self.named()))
+
+
+def _tls(security: Security) -> ssl.SSLContext | None:
+    return None if security.tls is None else security.tls.context()
 
 
 def _business_routes(parts: HttpParts) -> list[Route]:

@@ -36,6 +36,7 @@ class HttpListener:
             app,
             lifespan="off",
             log_config=None,
+            log_level="warning",
             access_log=False,
             server_header=False,
             ws="none",
