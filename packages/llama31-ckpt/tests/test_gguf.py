@@ -129,20 +129,46 @@ def test_a_vocabulary_is_written(build_gguf: GgufBuilder) -> None:
     assert json.loads(files["tokenizer_config.json"])["bos_token"] == "<s>"
 
 
+SENTENCEPIECE = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "ab", "\u2581ab"],
+    "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -3.0, -4.0, -5.0, -1.0, -2.0],
+    "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+
+
+def test_a_sentencepiece_vocabulary_is_written(build_gguf: GgufBuilder) -> None:
+    import sentencepiece
+
+    files = open_source(build_gguf(metadata=SENTENCEPIECE)).build_files()
+    assert json.loads(files["tokenizer_config.json"])["eos_token"] == "</s>"
+    library = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
+    assert library.encode("ab a") == [7, 3, 4]
+    assert (library.bos_id(), library.eos_id(), library.unk_id()) == (1, 2, 0)
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("vocabulary", "change", "message"),
     [
-        ({"tokenizer.ggml.tokens": ["a", "a", "ab", "<s>"]}, "must list each token once"),
-        ({"tokenizer.ggml.token_type": [1]}, "must list each token once"),
-        ({"tokenizer.ggml.merges": ["a c"]}, "merge 'a c' names tokens"),
-        ({"tokenizer.ggml.merges": [1, 2]}, "must be a list of texts"),
-        ({"tokenizer.ggml.bos_token_id": 4}, "bos_token_id is 4, the vocabulary has 4 tokens"),
+        (VOCABULARY, {"tokenizer.ggml.tokens": ["a", "a", "ab", "<s>"]}, "must list each token once"),
+        (VOCABULARY, {"tokenizer.ggml.token_type": [1]}, "must list each token once"),
+        (VOCABULARY, {"tokenizer.ggml.merges": ["a c"]}, "merge 'a c' names tokens"),
+        (VOCABULARY, {"tokenizer.ggml.merges": [1, 2]}, "must be a list of texts"),
+        (VOCABULARY, {"tokenizer.ggml.bos_token_id": 4}, "bos_token_id is 4, the vocabulary has 4 tokens"),
+        (SENTENCEPIECE, {"tokenizer.ggml.scores": [0.0]}, "tokenizer.ggml.scores has 1 entries, expected 8"),
     ],
 )
 def test_a_vocabulary_that_contradicts_itself_is_refused(
-    change: dict[str, Any], message: str, build_gguf: GgufBuilder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    vocabulary: dict[str, Any],
+    change: dict[str, Any],
+    message: str,
+    build_gguf: GgufBuilder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = build_gguf(metadata={**VOCABULARY, **change})
+    path = build_gguf(metadata={**vocabulary, **change})
     assert main(["convert", "--input_path", str(path), "--output_path", str(tmp_path / "model")]) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]

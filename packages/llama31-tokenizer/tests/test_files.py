@@ -259,7 +259,7 @@ def test_gguf_equals_hugging_face(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "t5"}, "tokenizer.ggml.model is 't5'"),
+        ({"model": "t5"}, "tokenizer.ggml.model is 't5', supported are 'gpt2'"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'.*smollm"),
         ({"eos": 99_999}, "eos_token_id is 99999"),
         ({"types": [1]}, "token_type has 1 entries"),

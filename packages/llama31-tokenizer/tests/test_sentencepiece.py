@@ -119,3 +119,80 @@ def test_without_the_library(model_file: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(TokenizerError, match="needs the sentencepiece library"):
         Tokenizer.from_file(model_file)
+
+
+def write_gguf(path: Path, model_file: Path, **changes: Any) -> Path:
+    """The model's pieces, scores and kinds as llama.cpp's converter writes them, by the gguf library."""
+    from gguf import GGUFWriter
+
+    library = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    numbers = range(library.get_piece_size())
+
+    def kind(number: int) -> int:
+        tests = {2: library.is_unknown, 3: library.is_control, 5: library.is_unused, 6: library.is_byte}
+        return next((value for value, holds in tests.items() if holds(number)), 1)
+
+    fields: dict[str, Any] = {
+        "tokens": [library.id_to_piece(number) for number in numbers],
+        "scores": [library.get_score(number) for number in numbers],
+        "kinds": [kind(number) for number in numbers],
+        "eos": library.eos_id(),
+        **changes,
+    }
+    writer = GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(fields["tokens"])
+    writer.add_token_scores(fields["scores"])
+    writer.add_token_types(fields["kinds"])
+    writer.add_bos_token_id(library.bos_id())
+    writer.add_eos_token_id(fields["eos"])
+    writer.add_eot_token_id(7)
+    writer.add_chat_template("a template")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama2_gguf(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.from_file(write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", model_file))
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(text=TEXTS)
+def test_gguf_equals_the_model_it_was_made_from(text: str, llama2_gguf: Tokenizer, reference: Any) -> None:
+    ids = llama2_gguf.encode(text)
+    assert ids == reference.encode(text)
+    assert llama2_gguf.decode(ids) == reference.decode(ids)
+
+
+def test_gguf_states_roles_template_and_kind(llama2_gguf: Tokenizer, tmp_path: Path) -> None:
+    assert (llama2_gguf.bos_id, llama2_gguf.eos_id, llama2_gguf.stop_ids) == (1, 2, (2, 7))
+    assert (llama2_gguf.vocabulary.kind, llama2_gguf.vocabulary.chat_template) == ("gguf", "a template")
+    assert llama2_gguf("fox")["input_ids"][0] == 1
+    llama2_gguf.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert again.encode(SENTENCES[3]) == llama2_gguf.encode(SENTENCES[3])
+    assert (again.bos_id, again.eos_id, again.vocabulary.kind) == (1, 2, "sentencepiece")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": [0.5]}, "tokenizer.ggml.scores has 1 entries, expected 400"),
+        ({"kinds": [1] * 400}, "has 0 unknown, 0 bytes"),
+        ({"kinds": [2, *[1] * 398, 9]}, r"kinds \[9\]"),
+        ({"tokens": ["a"] * 400}, "399 twice"),
+        ({"eos": 400}, "eos_token_id is 400, the vocabulary has 400 tokens"),
+    ],
+)
+def test_gguf_that_contradicts_itself_is_refused(
+    changes: dict[str, Any], message: str, model_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TokenizerError, match=message) as error:
+        Tokenizer.from_file(write_gguf(tmp_path / "x.gguf", model_file, **changes))
+    assert str(tmp_path / "x.gguf") in str(error.value)

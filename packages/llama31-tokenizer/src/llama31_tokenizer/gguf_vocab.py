@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from llama31_tokenizer.controls import build_controls
 from llama31_tokenizer.errors import TokenizerError
 from llama31_tokenizer.gguf_metadata import read_gguf_metadata
 from llama31_tokenizer.patterns import GGUF_PATTERNS, LLAMA3
+from llama31_tokenizer.sentencepiece_model import parse_sentencepiece
+from llama31_tokenizer.sentencepiece_proto import build_sentencepiece_model
 from llama31_tokenizer.vocabulary import Vocabulary
 
 _CONTROL, _USER_DEFINED, _UNKNOWN, _UNUSED = 3, 4, 2, 5  # llama.cpp's llama_token_type
 
 
 def load_gguf_vocabulary(path: Path) -> Vocabulary:
-    """The byte-level BPE vocabulary (`tokenizer.ggml.model` "gpt2") of a GGUF file.
+    """The vocabulary of a GGUF file: byte-level BPE (`tokenizer.ggml.model` "gpt2") or SentencePiece ("llama").
 
     The tensors are not read, so `sha256` is that of the file's key-value header.
 
@@ -27,11 +30,31 @@ def load_gguf_vocabulary(path: Path) -> Vocabulary:
     """
     fields, sha256 = read_gguf_metadata(path, lambda key: key.startswith("tokenizer."))
     model = fields.get("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise TokenizerError(
-            f"{path}: tokenizer.ggml.model is {model!r}, supported is 'gpt2' (byte-level BPE); "
-            "use the tokenizer.model or tokenizer.json of the original checkpoint"
-        )
+    if model == "gpt2":
+        return _byte_level_vocabulary(fields, path, sha256)
+    if model == "llama":
+        return _sentencepiece_vocabulary(fields, path, sha256)
+    raise TokenizerError(
+        f"{path}: tokenizer.ggml.model is {model!r}, supported are 'gpt2' (byte-level BPE) and 'llama' "
+        "(SentencePiece); use the tokenizer.model or tokenizer.json of the original checkpoint"
+    )
+
+
+def _sentencepiece_vocabulary(fields: Mapping[str, Any], path: Path, sha256: str) -> Vocabulary:
+    try:
+        model = build_sentencepiece_model(fields)
+    except ValueError as error:
+        raise TokenizerError(f"{path}: {error}") from error
+    config = {
+        f"add_{role}_token": fields.get(f"tokenizer.ggml.add_{role}_token", role == "bos") for role in ("bos", "eos")
+    }
+    vocabulary = parse_sentencepiece(model, path, sha256, config)
+    stops = [*vocabulary.controls.stop_ids, *_turn_ends(fields, vocabulary.size, path)]
+    controls = replace(vocabulary.controls, stop_ids=tuple(dict.fromkeys(stops)))
+    return replace(vocabulary, kind="gguf", controls=controls, chat_template=fields.get("tokenizer.chat_template"))
+
+
+def _byte_level_vocabulary(fields: Mapping[str, Any], path: Path, sha256: str) -> Vocabulary:
     pre = fields.get("tokenizer.ggml.pre", "")
     pattern = GGUF_PATTERNS.get(pre)
     if pattern is None:
@@ -51,13 +74,6 @@ def load_gguf_vocabulary(path: Path) -> Vocabulary:
     except ValueError as error:
         raise TokenizerError(f"{path}: {error}") from error
 
-    def stated(role: str) -> int | None:
-        token_id = fields.get(f"tokenizer.ggml.{role}_token_id")
-        if token_id is not None and token_id >= len(tokens):
-            raise TokenizerError(f"{path}: tokenizer.ggml.{role}_token_id is {token_id}, beyond {len(tokens)} tokens")
-        return token_id
-
-    turn_ends = [token_id for role in ("eot", "eom") if (token_id := stated(role)) is not None]
     return Vocabulary(
         kind="gguf",
         source=path,
@@ -68,17 +84,29 @@ def load_gguf_vocabulary(path: Path) -> Vocabulary:
         literal_tokens=literal,
         controls=build_controls(
             special,
-            bos_id=stated("bos"),
-            eos_id=stated("eos"),
-            pad_id=stated("padding"),
-            unk_id=stated("unknown"),
-            stop_ids=turn_ends,
+            bos_id=_stated(fields, "bos", len(tokens), path),
+            eos_id=_stated(fields, "eos", len(tokens), path),
+            pad_id=_stated(fields, "padding", len(tokens), path),
+            unk_id=_stated(fields, "unknown", len(tokens), path),
+            stop_ids=_turn_ends(fields, len(tokens), path),
             add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", pattern is LLAMA3)),
             add_eos=bool(fields.get("tokenizer.ggml.add_eos_token", False)),
         ),
         pattern=pattern,
         chat_template=fields.get("tokenizer.chat_template"),
     )
+
+
+def _stated(fields: Mapping[str, Any], role: str, count: int, path: Path) -> int | None:
+    token_id: int | None = fields.get(f"tokenizer.ggml.{role}_token_id")
+    if token_id is not None and token_id >= count:
+        raise TokenizerError(f"{path}: tokenizer.ggml.{role}_token_id is {token_id}, beyond {count} tokens")
+    return token_id
+
+
+def _turn_ends(fields: Mapping[str, Any], count: int, path: Path) -> list[int]:
+    ends = [_stated(fields, role, count, path) for role in ("eot", "eom")]
+    return [token_id for token_id in ends if token_id is not None]
 
 
 def _strings(fields: Mapping[str, Any], key: str, path: Path) -> list[str]:

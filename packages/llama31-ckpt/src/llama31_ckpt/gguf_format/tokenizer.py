@@ -80,7 +80,7 @@ def build_tokenizer_files(header: GgufHeader, max_seq_len: int) -> dict[str, byt
         raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens and token_type must list each token once")
     special = {name: _special_token(header, tokens, key) for name, key in _SPECIAL_IDS.items()}
     if metadata["tokenizer.ggml.model"] == _SENTENCEPIECE:
-        files = {"tokenizer.model": build_sentencepiece_model(header, tokens, types)}
+        files = {"tokenizer.model": build_sentencepiece_model(header)}
         config = build_sentencepiece_config(header, special, max_seq_len)
     else:
         tokenizer = _byte_level_tokenizer(header, tokens, types, special["bos_token"])
