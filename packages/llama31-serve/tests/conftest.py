@@ -20,6 +20,7 @@ from llama31_serve.server.engine import Sampling
 from llama31_serve.server.lifecycle import State
 from llama31_serve.server.listener import Security
 from llama31_serve.server.model_text import load_text
+from llama31_serve.server.observer import Observer
 from llama31_serve.server.options import ServerOptions
 from llama31_serve.server.text import TextModel
 
@@ -109,10 +110,15 @@ def serve(text_model: TextModel, no_leaks: None) -> Serve:
 
     @asynccontextmanager
     async def run(
-        engine: EchoEngine | None = None, security: Security | None = None, client_options: Any = None, **options: Any
+        engine: EchoEngine | None = None,
+        security: Security | None = None,
+        client_options: Any = None,
+        observers: Sequence[Observer] = (),
+        **options: Any,
     ) -> AsyncIterator[Running]:
         echo = engine or EchoEngine(vocab_size=259, eos_token_ids=(258,))
-        server = Server(ServerOptions(**{"port": 0, **options}), lambda: text_model, lambda: echo, security)
+        settings = ServerOptions(**{"port": 0, **options})
+        server = Server(settings, lambda: text_model, lambda: echo, security, observers=observers)
         before = asyncio.all_tasks()
         await server.start()
         try:

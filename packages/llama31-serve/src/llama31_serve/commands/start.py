@@ -17,6 +17,7 @@ from llama31_serve.errors import ServeError, StartError
 if TYPE_CHECKING:
     from llama31_serve.server.app import Server
     from llama31_serve.server.settings import Settings
+    from llama31_serve.server.tracing import Exporter, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_blocks", type=int, help="blocks of the KV cache (default: the engine's)")
     parser.add_argument("--block_size", type=int, help="tokens per block of the KV cache (default: the engine's)")
     parser.add_argument("--max_loras", type=int, help="adapters that can be loaded at once (default: none)")
+    parser.add_argument("--access_log", type=Path, metavar="FILE", help="a JSON line a request; - is standard output")
+    parser.add_argument("--status_period_s", type=float, help="seconds between status lines, 0 for none (default: 5)")
+    parser.add_argument("--traces", choices=("console", "otlp"), help="OpenTelemetry spans (extra: tracing)")
     parser.add_argument("--log_level", choices=("debug", "info", "warning", "error"), help="(default: warning)")
 
 
@@ -76,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise StartError(f"{error}; the server needs: pip install 'llama31-serve[server]'") from error
     settings = read_settings(arguments)
-    set_up_log(settings.log_level, settings.log_file)
+    set_up_log(settings.log_level, settings.log_file, arguments.access_log)
     files = model_files.find_model_files(settings.model_dir)
     # What cannot work is said before weights load.
     engine_options, notes = core_engine.fit_caches(files.directory, settings)
@@ -88,11 +92,26 @@ def run(arguments: argparse.Namespace) -> int:
     load_text = functools.partial(model_text.load_text, files.tokenizer)
     load_engine = functools.partial(core_engine.load_engine, plan, files.weights)
 
-    async def main() -> int:
-        server = Server(options, load_text, load_engine, settings.security, settings.management_security)
-        return await serve_until_signal(server)
+    tracing = None if arguments.traces is None else _tracing(arguments.traces, options.model_name)
 
-    return asyncio.run(main())
+    async def main() -> int:
+        security = settings.security, settings.management_security
+        observers = () if tracing is None else (tracing,)
+        return await serve_until_signal(Server(options, load_text, load_engine, *security, observers))
+
+    try:
+        return asyncio.run(main())
+    finally:
+        if tracing is not None:
+            tracing.close()
+
+
+def _tracing(kind: Exporter, model_name: str) -> Tracing:
+    try:
+        from llama31_serve.server.tracing import Tracing, make_exporter
+    except ImportError as error:
+        raise StartError(f"{error}; --traces needs: pip install 'llama31-serve[tracing]'") from error
+    return Tracing(model_name, make_exporter(kind))
 
 
 def _warn(config: Path | None, notes: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from llama31_serve import __version__
 from llama31_serve.errors import StartError
+from llama31_serve.server.access_log import AccessLog
 from llama31_serve.server.admission import Admission
 from llama31_serve.server.control_service import Controlled, ControlService
 from llama31_serve.server.detokenizer import Detokenizer
@@ -31,6 +32,8 @@ from llama31_serve.server.options import ServerOptions
 from llama31_serve.server.refusal import Refusal
 from llama31_serve.server.registration import add_servicer
 from llama31_serve.server.serving_model import ModelHolder, ServingModel
+from llama31_serve.server.status import Status
+from llama31_serve.server.tallies import Tallies
 from llama31_serve.server.text import TextModel, TextWorker
 from llama31_serve.stubs import control_pb2, generation_pb2
 from llama31_serve.stubs import inference_pb2 as pb
@@ -67,10 +70,12 @@ class Server:
         management = management_security or security
         self.options = options
         self.lifecycle = Lifecycle(self._set_health)
-        self.observer = Observers(observers)
+        self.tallies = Tallies()
+        self.observer = Observers((self.tallies, AccessLog(), *observers))
         self.admission = Admission(options.max_running, options.max_per_tenant)
         self.requests = OpenRequests()
         self.engine = EngineThread(load_engine, self._emit, self._engine_broke)
+        self.status = Status(self.tallies, self.admission, self.engine, options.status_period_s)
         self.drain_requested = asyncio.Event()
         self.listener = Listener(options.host, options.port, security)
         self.control: Listener | None = None
@@ -136,6 +141,7 @@ class Server:
         generator = Generator(*parts)
         self.holder.model = ServingModel(generator, text, self._model_info(engine, text.model))
         await self.lifecycle.enter(State.SERVING)
+        self.status.start()
 
     async def wait_broken(self) -> None:
         """Wait until the engine is given up; requests that run have failed by then and new ones are refused."""
@@ -167,6 +173,7 @@ class Server:
             await self.control.close()
         if self.http is not None:
             await self.http.close()
+        await self.status.close()
         self.engine.stop()
         in_thread = self._loop.run_in_executor
         ended = await in_thread(None, self.engine.join, LOADING_END_S if loading else STEP_END_S)
@@ -192,7 +199,7 @@ class Server:
         except ImportError as error:
             raise StartError(f"{error}; HTTP needs: pip install 'llama31-serve[server,http]'") from error
         drain = self.drain_requested.set
-        parts = HttpParts(self.holder, self.lifecycle, self.engine, self.observer, drain)
+        parts = HttpParts(self.holder, self.lifecycle, self.engine, self.observer, self.status, drain)
         return HttpDoors(self.options, security, management, parts)
 
     def _control_service(self) -> ControlService:

@@ -47,6 +47,7 @@ class ServerOptions:
         max_prompt_tokens: longer prompts are refused, or cut at their beginning with `truncate_prompts`.
         max_new_tokens: most tokens of a completion.
         tokenizer_threads: how many texts are tokenised at once.
+        status_period_s: how often a line about a busy server is logged, 0 for never.
         drain_timeout_s: how long running requests may take after SIGTERM.
         control_host, control_port: listener of ControlService; none if the port is None.
         http_port: HTTP at `host`, management_port: HTTP's management at `control_host`, metrics_port: /metrics there;
@@ -67,6 +68,7 @@ class ServerOptions:
     truncate_prompts: bool = False
     tokenizer_threads: int = 2
     drain_timeout_s: float = 30.0
+    status_period_s: float = 5.0
     control_host: str = "127.0.0.1"
     control_port: int | None = None
     http_port: int | None = None
@@ -94,8 +96,9 @@ class ServerOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StartError(f"--{name} is {value}, allowed are numbers from 1 up")
-        if not self.drain_timeout_s >= 0:
-            raise StartError(f"--drain_timeout_s is {self.drain_timeout_s}, allowed are numbers from 0 up")
+        for name in ("drain_timeout_s", "status_period_s"):
+            if not getattr(self, name) >= 0:
+                raise StartError(f"--{name} is {getattr(self, name)}, allowed are numbers from 0 up")
         for name, host in (("host", self.host), ("control_host", self.control_host)):
             if not self.allow_any_address and is_any_address(host):
                 raise StartError(

@@ -20,6 +20,7 @@ from llama31_serve.server.http.call import Endpoint, encode_json
 from llama31_serve.server.http.caller_check import CallerCheck
 from llama31_serve.server.http.chat_routes import ChatRoutes
 from llama31_serve.server.http.completion_routes import CompletionRoutes
+from llama31_serve.server.http.exposition import Exposition
 from llama31_serve.server.http.listener import HttpListener
 from llama31_serve.server.http.management_routes import ManagementRoutes
 from llama31_serve.server.http.refusals import MINDIE, OPENAI, Door
@@ -31,6 +32,7 @@ from llama31_serve.server.observer import Observer
 from llama31_serve.server.options import ServerOptions
 from llama31_serve.server.refusal import Refusal
 from llama31_serve.server.serving_model import ModelHolder
+from llama31_serve.server.status import Status
 
 OPENAI_PREFIX, MINDIES_OWN = "/v1/", "/v1/tokenizer"
 
@@ -43,11 +45,12 @@ class HttpParts:
     lifecycle: Lifecycle
     engine: EngineThread
     observer: Observer
+    status: Status
     request_drain: Callable[[], None]
 
 
 class HttpDoors:
-    """Business and management, each where the options say so.
+    """Business, management and metrics, each where the options say so.
 
     Raises:
         StartError: certificates that can't be used.
@@ -58,18 +61,25 @@ class HttpDoors:
     ) -> None:
         self.business: HttpListener | None = None
         self.management: HttpListener | None = None
+        self.metrics: HttpListener | None = None
+        exposition = Exposition(parts.status, options.model_name)
+        metrics = Route("/metrics", Endpoint(exposition.metrics, MINDIE, parts.observer), methods=["GET"])
         if options.http_port is not None:
             app = _guarded(_business_routes(parts), security, parts)
             self.business = HttpListener(app, options.host, options.http_port, _tls(security))
         if options.management_port is not None:
-            app = _guarded(_management_routes(parts, options), management_security, parts)
+            app = _guarded([*_management_routes(parts, options), metrics], management_security, parts)
             port = options.management_port
             self.management = HttpListener(app, options.control_host, port, _tls(management_security))
+        if options.metrics_port is not None and options.metrics_port != (options.management_port or None):
+            app = _guarded([metrics], management_security, parts)
+            port = options.metrics_port
+            self.metrics = HttpListener(app, options.control_host, port, _tls(management_security))
 
     def named(self) -> list[tuple[str, HttpListener]]:
         """The listeners that there are."""
-        both = (("business", self.business), ("management", self.management))
-        return [(name, listener) for name, listener in both if listener is not None]
+        every = (("business", self.business), ("management", self.management), ("metrics", self.metrics))
+        return [(name, listener) for name, listener in every if listener is not None]
 
     async def start(self) -> None:
         """Listen. Raises StartError if a port can't be had."""
