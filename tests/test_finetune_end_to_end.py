@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from importlib.resources import files
@@ -80,11 +81,15 @@ def test_twenty_steps_lower_the_loss_and_the_result_predicts(
     assert "exists" in capsys.readouterr().err
 
 
-def test_an_adapter_is_trained_resumed_and_predicts(small_model: Path, records: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_trained_resumed_and_predicts(
+    small_model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pet = "model.model_config.pet_config={lora_rank: 4, lora_alpha: 8, target_modules: '.*wq|.*w2'}"
     every = "callbacks=[{type: CheckpointMonitor, save_checkpoint_steps: 1}]"
     for run in ("whole", "cut"):
         changes = [*overrides(small_model, records, tmp_path / run), pet, every, "runner_config.max_steps=3"]
+        changes += ["do_eval=True", f"eval_dataset.data_loader.dataset_dir={records}", "eval_max_tokens=8"]
+        changes += ["eval_prompts=['Name a colour.', 'What is 2 + 2?']"]
         if run == "cut":
             first = tmp_path / "whole" / "checkpoints" / "step_00000002"
             shutil.copytree(first, tmp_path / "cut" / "checkpoints" / first.name)
@@ -93,8 +98,13 @@ def test_an_adapter_is_trained_resumed_and_predicts(small_model: Path, records: 
     whole, cut = (tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
     assert not (tmp_path / "whole" / "model").exists()
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    after = [row["samples"] for row in rows if row["kind"] == "eval"][-1]
+    assert len(after) == 2
+    capsys.readouterr()
     use = ["--lora", f"own={tmp_path / 'cut' / 'adapter'}", "--adapter", "own"]
     assert core(["predict", str(small_model), *use, "--prompt", "Name a colour.", "--max_tokens", "8"]) == 0
+    assert capsys.readouterr().out.strip() == after[0].strip()
 
 
 def test_the_same_seed_trains_the_same_model(small_model: Path, records: Path, tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
-"""Models with random weights for the tests of this package."""
+"""Models with random weights and a fine-tuning run, for the tests of this package."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import yaml
 from mindspore import Tensor
+from mindspore.mindrecord import FileWriter
 
-from llama31_core.checkpoint import parameter_shapes
+from llama31_core.checkpoint import parameter_shapes, save_weights
 from llama31_core.config import ModelConfig
 from llama31_core.inference.runner import GraphRunner
 from llama31_core.model import Llama, PagedAttention
@@ -44,3 +47,39 @@ def build_runner() -> Callable[..., GraphRunner]:
         return GraphRunner(llama, num_blocks, block_size)
 
     return build
+
+
+def write_records(path: Path, count: int, seed: int) -> None:
+    """Random sequences of 16 tokens and one more."""
+    writer = FileWriter(str(path))
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in ("input_ids", "labels")})
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        row = rng.integers(0, ModelConfig.preset("tiny").vocab_size, 17).astype(np.int32)
+        writer.write_raw_data([{"input_ids": row, "labels": row}])
+    writer.commit()
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, random_weights: Callable[..., dict[str, npt.NDArray[np.float32]]]) -> Path:
+    """A run of six steps of two micro-batches over 20 records: its second epoch begins within it. 7 are held out."""
+    config = ModelConfig.preset("tiny")
+    model, data = tmp_path / "source", tmp_path / "train.mindrecord"
+    model.mkdir()
+    config.save_pretrained(model)
+    save_weights(model, random_weights(config).items())
+    write_records(data, 20, seed=1)
+    write_records(tmp_path / "held_out.mindrecord", 7, seed=2)
+    path = tmp_path / "run.yaml"
+    values = {
+        "seed": 3,
+        "load_checkpoint": str(model),
+        "runner_config": {"epochs": 9, "batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6},
+        "lr_schedule": {"learning_rate": 1e-2, "warmup_steps": 2},
+        "train_dataset": {"data_loader": {"dataset_dir": str(data)}},
+        "eval_dataset": {"data_loader": {"dataset_dir": str(tmp_path / "held_out.mindrecord"), "shuffle": False}},
+        "callbacks": [{"type": "CheckpointMonitor", "save_checkpoint_steps": 2, "keep_checkpoint_max": 2}],
+        "model": {"model_config": {"seq_length": 16}},
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path

@@ -16,8 +16,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-import yaml
-from mindspore.mindrecord import FileWriter
 
 from llama31_core.checkpoint import open_weights, save_weights
 from llama31_core.cli import main
@@ -28,34 +26,6 @@ from llama31_core.training.checkpoints import Checkpoints, ModelFiles, TrainerSt
 
 STEPS = 6
 CONFIG = ModelConfig.preset("tiny")
-
-
-@pytest.fixture
-def run_file(tmp_path: Path, random_weights: Callable[..., dict[str, npt.NDArray[np.float32]]]) -> Path:
-    """A run of six steps of two micro-batches over 20 records: its second epoch begins within it."""
-    model, data = tmp_path / "source", tmp_path / "train.mindrecord"
-    model.mkdir()
-    CONFIG.save_pretrained(model)
-    save_weights(model, random_weights(CONFIG).items())
-    writer = FileWriter(str(data))
-    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in ("input_ids", "labels")})
-    rng = np.random.default_rng(1)
-    for _ in range(20):
-        row = rng.integers(0, CONFIG.vocab_size, 17).astype(np.int32)
-        writer.write_raw_data([{"input_ids": row, "labels": row}])
-    writer.commit()
-    path = tmp_path / "run.yaml"
-    values = {
-        "seed": 3,
-        "load_checkpoint": str(model),
-        "runner_config": {"epochs": 9, "batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS},
-        "lr_schedule": {"learning_rate": 1e-2, "warmup_steps": 2},
-        "train_dataset": {"data_loader": {"dataset_dir": str(data)}},
-        "callbacks": [{"type": "CheckpointMonitor", "save_checkpoint_steps": 2, "keep_checkpoint_max": 2}],
-        "model": {"model_config": {"seq_length": 16}},
-    }
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 def finetune(run_file: Path, output: Path, *changes: str) -> int:

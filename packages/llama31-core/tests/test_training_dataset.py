@@ -78,6 +78,19 @@ def test_the_order_is_the_same_from_any_batch_on_and_over_any_ranks(tmp_path: Pa
     assert list(first.record_numbers) == whole[0]
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_every_record_comes_once_whatever_the_batch(num_ranks: int, tmp_path: Path) -> None:
+    rows = [[i] * 9 for i in range(7)]
+    path = write(tmp_path / "a.mindrecord", input_ids=rows, labels=rows)
+    seen = []
+    for rank in range(num_ranks):
+        batches = list(open_data(path, 1, seed=3, rank=rank, num_ranks=num_ranks).every_record(3))
+        assert len({batch.tokens.shape for batch in batches}) == 1
+        seen += [row[0] for batch in batches for row in batch.labels if (row != -100).all()]
+        assert all((batch.labels == batch.tokens)[batch.labels != -100].all() for batch in batches)
+    assert sorted(seen) == list(range(7))
+
+
 @pytest.mark.parametrize(
     ("ids", "labels"),
     [([512] * 9, [1] * 9), ([-1] * 9, [1] * 9), ([1] * 9, [512] * 9), ([1] * 9, [-5] * 9)],

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 import threading
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import yaml
+from tqdm import tqdm
+
+from llama31_core.checkpoint.staging import staged_file
 from llama31_core.commands.interrupts import importing_mindspore
-from llama31_core.run_config import load_run_config
+from llama31_core.commands.prompts import PromptEncoder, decode_answer
+from llama31_core.run_config import RunConfig, load_run_config
+from llama31_tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llama31_core.training.report import EvalReport, Observer, StepReport
+    from llama31_core.training.trainer import Trainer
 
 
 def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -22,28 +33,77 @@ def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+class Console:
+    """Prints a line a step and an evaluation, and on a terminal a bar beside."""
+
+    def __init__(self, num_steps: int, start_step: int, tokenizer: Tokenizer | None, prompts: tuple[str, ...]) -> None:
+        self.losses: list[float] = []
+        self._tokenizer, self._prompts = tokenizer, prompts
+        self._bar = tqdm(total=num_steps, initial=start_step, unit="step", file=sys.stderr, disable=None)
+
+    def on_step(self, report: StepReport) -> None:
+        """Its line."""
+        self.losses.append(report.loss)
+        self._print(str(report))
+        self._bar.update()
+
+    def on_evaluation(self, report: EvalReport) -> None:
+        """Its line, and the samples."""
+        self._print(str(report))
+        for prompt, ids in zip(self._prompts, report.samples, strict=False):
+            assert self._tokenizer is not None
+            self._print(f"  > {prompt}\n  {decode_answer(self._tokenizer, ids)}")
+
+    def _print(self, line: str) -> None:
+        with tqdm.external_write_mode(sys.stdout):
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """No more bar."""
+        self._bar.close()
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print a line a step, and where the trained model is."""
     config = load_run_config(arguments.config, arguments.overrides)
+    tokenizer = Tokenizer.from_pretrained(config.load_checkpoint) if config.eval_prompts else None
+    prompts = [] if tokenizer is None else [PromptEncoder(tokenizer).encode_prompt(p) for p in config.eval_prompts]
     with importing_mindspore():  # seconds: after the file is known to be good
-        from llama31_core.training.report import StepReport
         from llama31_core.training.trainer import Trainer
 
-    trainer = Trainer(config, str(arguments.config))
+    trainer = Trainer(config, str(arguments.config), prompts)
     size = trainer.config.num_parameters
     print(f"{size:,} parameters, {trainer.num_steps} steps; the first one compiles", flush=True)
     if trainer.start_step:
         print(f"resumed after step {trainer.start_step}", flush=True)
-    losses: list[float] = []
-
-    def report(step: StepReport) -> None:
-        losses.append(step.loss)
-        print(step, flush=True)
-
+    console = Console(trainer.num_steps, trainer.start_step, tokenizer, config.eval_prompts)
     terminated = threading.Event()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
-    model_dir = trainer.train(report, terminated.is_set)
+    try:
+        model_dir = trainer.train([console, *_recorders(config, trainer, tokenizer)], terminated.is_set)
+    finally:
+        console.close()
+    return _conclude(model_dir, console.losses)
+
+
+def _recorders(config: RunConfig, trainer: Trainer, tokenizer: Tokenizer | None) -> list[Observer]:
+    """What writes metrics; the configuration is written beside them."""
+    from llama31_core.training.metrics import MetricsFile, TensorBoard
+
+    directory = Path(config.output_dir)
+    decode = None if tokenizer is None else (lambda ids: decode_answer(tokenizer, ids))
+    recorders: list[Observer] = []
+    if config.tensorboard is not None:
+        recorders.append(TensorBoard(directory / config.tensorboard.tensorboard_dir, trainer.start_step))
+    recorders.append(MetricsFile(directory, trainer.start_step, decode))
+    values = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    with staged_file(directory / "run.yaml", overwrite=True) as part:
+        part.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return recorders
+
+
+def _conclude(model_dir: Path, losses: list[float]) -> int:
     if model_dir.parent.name == "checkpoints":
         print(f"stopped by SIGTERM; {model_dir} is where resume_training=True goes on", flush=True)
         return 0

@@ -57,6 +57,9 @@ class GraphRunner:
         num_host_blocks: blocks of host memory to swap to.
         adapters: the layers that the model was built with, if they have slots for adapters.
         native: run it by the native CPU kernels.
+
+    Attributes:
+        llama: the model, whose parameters may be pointed at other values.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class GraphRunner:
         self.block_size = block_size
         self.num_host_blocks = num_host_blocks
         self.adapters = adapters
+        self.llama = llama
         self._net = NativeLlama(llama) if native else _WantedLogits(llama)
         self._net.set_train(False)
         any_shape = Tensor(shape=[None, None], dtype=ms.int32)
@@ -94,7 +98,7 @@ class GraphRunner:
         lora = None
         if options is not None and options.max_loras:
             lora = LoraLayers(options.max_loras, options.max_lora_rank, options.max_batch_size)
-        native = lora is None and _native_kernels_here()
+        native = lora is None and native_kernels_here()
         matrices = {weights.dtype(name) for name in weights.names() if "norm" not in name}
         layers = lora or Layers(ms.bfloat16 if native and matrices == {"bfloat16"} else ms.float32)
         with no_init_parameters():
@@ -135,7 +139,8 @@ class GraphRunner:
         return tokens_BT, positions_BT, slots_BT, tables_BM
 
 
-def _native_kernels_here() -> bool:
+def native_kernels_here() -> bool:
+    """Whether the native kernels can run on this machine; if not, a warning says why."""
     if ms.get_context("device_target") != "CPU":
         return False
     try:

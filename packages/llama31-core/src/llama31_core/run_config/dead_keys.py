@@ -8,7 +8,7 @@ from collections.abc import Mapping
 _TOOL = "it was a MindFormers tool"
 _PROFILER = "it belongs to MindFormers' profiler"
 _FLOAT32 = "it is float32 always"
-_NO_EVALUATION = "there is no evaluation within a run"
+_NOT_TRAINING = "prediction evaluates nothing"
 _DEVICE = "the device and MindSpore's defaults decide"
 _ONE = "there is one architecture"
 _RECOMPUTE = "what a layer computes again includes its communication"
@@ -40,11 +40,9 @@ _ANY_RUN = {
     "model.model_config.rotary_dtype": _FLOAT32,
     "model.model_config.embedding_init_type": "param_init_type decides",
     "model.model_config.fine_grain_interleave": _PIPELINE,
-    "eval_dataset": _NO_EVALUATION,
-    "eval_dataset_task": _NO_EVALUATION,
-    "eval_callbacks": _NO_EVALUATION,
-    "metric": _NO_EVALUATION,
-    "do_eval": _NO_EVALUATION,
+    "eval_dataset_task": "it repeats eval_dataset",
+    "eval_callbacks": "it was a cloud platform's",
+    "metric": "an evaluation gives loss and perplexity",
     "auto_tune": _TOOL,
     "filepath_prefix": _TOOL,
     "autotune_per_step": _TOOL,
@@ -63,11 +61,17 @@ _ANY_RUN = {
 TRAINING_DEAD_KEYS: Mapping[str, str] = _ANY_RUN | {
     "runner_config.sink_mode": "data is fed step by step",
     "runner_config.sink_size": "data is fed step by step",
-    "train_dataset.python_multiprocessing": "records are ready-made and no Python runs per record",
-    "train_dataset.batch_size": "runner_config.batch_size decides",
-    "train_dataset.repeat": "runner_config.epochs decides",
-    "train_dataset.numa_enable": "the operating system places the workers",
-    "train_dataset.prefetch_size": "MindSpore's default serves",
+    **{
+        f"{section}.{key}": reason
+        for section in ("train_dataset", "eval_dataset")
+        for key, reason in {
+            "python_multiprocessing": "records are ready-made and no Python runs per record",
+            "batch_size": "runner_config.batch_size decides",
+            "repeat": "runner_config.epochs decides",
+            "numa_enable": "the operating system places the workers",
+            "prefetch_size": "MindSpore's default serves",
+        }.items()
+    },
     "train_dataset_task": "it repeats train_dataset",
     "runner_wrapper.type": "there is one training step",
     "runner_wrapper.scale_sense": "loss_scale_value decides",
@@ -78,6 +82,9 @@ TRAINING_DEAD_KEYS: Mapping[str, str] = _ANY_RUN | {
     "callbacks.ObsMonitor": "it was a cloud platform's",
     "callbacks.CheckpointMonitor.prefix": "checkpoints are called step_N",
     "callbacks.CheckpointMonitor.integrated_save": "every rank saves its slices",
+    "tensorboard.tensorboard_queue_size": "every step is written",
+    "tensorboard.log_loss_scale_to_tensorboard": "everything is written",
+    "tensorboard.log_timers_to_tensorboard": "everything is written",
     "model.model_config.repetition_penalty": "training generates nothing",
     "model.model_config.max_decode_length": "training generates nothing",
     "model.model_config.top_k": "training generates nothing",
@@ -86,6 +93,10 @@ TRAINING_DEAD_KEYS: Mapping[str, str] = _ANY_RUN | {
 }
 
 PREDICT_DEAD_KEYS: Mapping[str, str] = _ANY_RUN | {
+    "eval_dataset": _NOT_TRAINING,
+    "do_eval": _NOT_TRAINING,
+    "eval_step_interval": _NOT_TRAINING,
+    "eval_epoch_interval": _NOT_TRAINING,
     "runner_config": "prediction trains nothing",
     "runner_wrapper": "prediction trains nothing",
     "model.model_config.auto_map": "the tokenizer's file says what it is",

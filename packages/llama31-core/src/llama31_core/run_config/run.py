@@ -24,6 +24,7 @@ from llama31_core.run_config.training import (
     RecomputeConfig,
     RunnerConfig,
     RunnerWrapperConfig,
+    TensorBoardConfig,
 )
 
 
@@ -46,7 +47,11 @@ class AnyRunConfig(Section):
 
 
 class RunConfig(AnyRunConfig):
-    """A file that trains."""
+    """A file that trains.
+
+    With `do_eval` it evaluates on `eval_dataset` before the first step, every `eval_step_interval` steps (every
+    `eval_epoch_interval` epochs if that is -1) and after the last, and completes `eval_prompts`.
+    """
 
     run_mode: Literal["finetune", "train"] = "finetune"
     runner_config: RunnerConfig = RunnerConfig()
@@ -57,6 +62,13 @@ class RunConfig(AnyRunConfig):
     recompute_config: RecomputeConfig = RecomputeConfig()
     callbacks: tuple[CheckpointMonitorConfig, ...] = Field(default=(), max_length=1)
     resume_training: bool = False
+    do_eval: bool = False
+    eval_step_interval: int = Field(default=-1, ge=-1)
+    eval_epoch_interval: int = Field(default=1, ge=1)
+    eval_dataset: DatasetConfig = DatasetConfig()
+    eval_prompts: tuple[str, ...] = ()
+    eval_max_tokens: int = Field(default=48, ge=1)
+    tensorboard: TensorBoardConfig | None = None
     model: ModelBlock = ModelBlock()
 
     @property

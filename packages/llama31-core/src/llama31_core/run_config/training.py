@@ -68,7 +68,7 @@ class DataLoaderConfig(Section):
 
 
 class DatasetConfig(Section):
-    """The training data; the batch size is `runner_config.batch_size`, which had the last word in MindFormers too."""
+    """Training or held-out data; the batch size is `runner_config.batch_size`, the last word in MindFormers too."""
 
     data_loader: DataLoaderConfig = DataLoaderConfig()
     input_columns: tuple[str, ...] = ("input_ids", "labels")
@@ -77,9 +77,10 @@ class DatasetConfig(Section):
 
 
 class RunnerWrapperConfig(Section):
-    """Gradient clipping by global norm, what is added to the loss, and its scaling.
+    """Gradient clipping by global norm, what is added to the loss, its scaling, and a moving average of the weights.
 
     The scale falls by `loss_scale_factor` at an overflow and rises by it after `scale_window` good steps; 1 keeps it.
+    Without `ema_decay` there is no average.
     """
 
     use_clip_grad: bool = True
@@ -89,6 +90,7 @@ class RunnerWrapperConfig(Section):
     loss_scale_value: float = Field(default=1.0, ge=1)
     loss_scale_factor: float = Field(default=1.0, ge=1)
     scale_window: int = Field(default=1000, ge=1)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
 
 
 class RecomputeConfig(Section):
@@ -113,3 +115,9 @@ class CheckpointMonitorConfig(Section):
     save_checkpoint_steps: int = Field(default=100, ge=1)
     keep_checkpoint_max: int = Field(default=2, ge=1)
     async_save: bool = False
+
+
+class TensorBoardConfig(Section):
+    """Where scalars are written for TensorBoard; in `output_dir` if the path is relative."""
+
+    tensorboard_dir: str = "tensorboard"

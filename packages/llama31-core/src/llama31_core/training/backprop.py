@@ -83,8 +83,8 @@ class Backprop:
         self._embed, self._rope = model.tok_embeddings, model.rope
         self._forward = BlockForward(weights.block, recompute)
         self._backward = BlockBackward(self._forward, recompute)
-        self._head_loss = HeadLoss(weights.template, objective)
-        self._head = HeadGradient(self._head_loss)
+        self._head = HeadGradient(HeadLoss(weights.template, objective))
+        self._head_loss = HeadLoss(weights.template, Objective())
         self._add = _Add()
         embedding = model.tok_embeddings.embedding_weight
         buffers = dict(zip((p.name for p in self._head.trained), self._head.gradients, strict=True))
@@ -105,7 +105,7 @@ class Backprop:
             self._clear_buffers()
 
     def loss(self, batch: Batch) -> float:
-        """Summed loss of a batch's labels; no gradients."""
+        """Summed cross-entropy of a batch's labels, whatever the objective; no gradients."""
         x_BTE, _ = self._run_forward(batch, keep=False)
         x_NE = x_BTE.reshape(-1, x_BTE.shape[-1])
         totals = [self._head_loss(x_NE, *chunk) for chunk in self._chunks(batch)]

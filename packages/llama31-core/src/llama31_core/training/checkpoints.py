@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,8 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8})")
-_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+_STATE, _OPTIMIZER, _AVERAGE = "trainer_state.json", "optimizer.safetensors", "ema.safetensors"
+_EVALUATION = "evaluation.json"
 _KEPT_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -76,8 +78,10 @@ class ModelFiles:
                 files.append(describe_file(Path(shutil.copy(self._source_dir / name, directory))))
         return files
 
-    def save(self, destination: Path, weights: Arrays, step: int, more: Mapping[str, Arrays | TrainerState]) -> None:
-        """Write a directory with `more` files in it, and rename it into place.
+    def save(
+        self, destination: Path, weights: Arrays, step: int, more: Mapping[str, Arrays | Mapping[str, object]]
+    ) -> None:
+        """Write a directory with `more` files in it, of arrays or in JSON, and rename it into place.
 
         Raises:
             CheckpointError: values that are no numbers, a full disk, or a destination that exists.
@@ -88,11 +92,11 @@ class ModelFiles:
         with staged_directory(destination) as directory:
             files = self._write(directory, weights)
             for name, content in more.items():
-                if isinstance(content, TrainerState):
-                    (directory / name).write_text(json.dumps(asdict(content), indent=2) + "\n", encoding="utf-8")
+                if name.endswith(".json"):
+                    (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
                     files.append(describe_file(directory / name))
                 else:
-                    files += save_weights(directory / name, content.items())
+                    files += save_weights(directory / name, cast(Arrays, content).items())
             source = {"format": "finetune", "name": self._source_dir.name, "steps": step}
             write_manifest(directory, files, dtype="float32", source=source, tool=f"llama31-core {__version__}")
 
@@ -127,17 +131,36 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, weights: Arrays, moments: Arrays, state: TrainerState) -> None:
-        """Write a checkpoint, or begin to; an error of the one before is raised here.
+    def save(self, weights: Arrays, moments: Arrays, state: TrainerState, average: Arrays | None = None) -> None:
+        """Write a checkpoint, or begin to; an error of the one before is raised here. `average` is the moving one.
 
         Raises:
             CheckpointError: it could not be written; those before it are as they were.
         """
         self.wait()
         if not self._is_async:
-            self._write(weights, moments, state)
+            self._write(weights, moments, state, average)
             return
-        self._pending = self._writer.submit(self._write, _copy(weights), _copy(moments), state)
+        copied = None if average is None else _copy(average)
+        self._pending = self._writer.submit(self._write, _copy(weights), _copy(moments), state, copied)
+
+    def save_best(self, weights: Arrays, step: int, loss: float) -> bool:
+        """Write `best_STEP` in the place of the one before, if the held-out loss is lower than that one's.
+
+        It has the weights alone, to be used and not to be resumed from.
+
+        Raises:
+            CheckpointError: it could not be written; the one before is as it was.
+        """
+        self.wait()
+        known = sorted(self._directory.glob("best_*")) if self._directory.is_dir() else []
+        if any(read_json_object(path / _EVALUATION)["loss"] <= loss for path in known):
+            return False
+        destination = self._directory / f"best_{step:08d}"
+        self._files.save(destination, weights, step, {_EVALUATION: {"step": step, "loss": loss}})
+        for path in known:
+            remove_tree(path.rename(path.with_name(f".{path.name}.old")))
+        return True
 
     def wait(self) -> None:
         """Return when nothing is being written."""
@@ -152,7 +175,7 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what runs that were killed left half-written."""
-        for path in self._directory.glob(".step_*"):
+        for path in [*self._directory.glob(".step_*"), *self._directory.glob(".best_*")]:
             _LOG.warning("%s was left half-written and is removed", path)
             remove_tree(path)
 
@@ -160,11 +183,12 @@ class Checkpoints:
         paths = self._directory.iterdir() if self._directory.is_dir() else []
         return sorted(path for path in paths if _NAME.fullmatch(path.name))
 
-    def _write(self, weights: Arrays, moments: Arrays, state: TrainerState) -> None:
+    def _write(self, weights: Arrays, moments: Arrays, state: TrainerState, average: Arrays | None) -> None:
         destination = self._directory / f"step_{state.step:08d}"
         if destination.exists():
             return  # taken by an earlier run of the same steps, which had the same values
-        self._files.save(destination, weights, state.step, {_OPTIMIZER: moments, _STATE: state})
+        more: dict[str, Arrays | Mapping[str, object]] = {_OPTIMIZER: moments, _STATE: asdict(state)}
+        self._files.save(destination, weights, state.step, more | ({} if average is None else {_AVERAGE: average}))
         for path in self._found()[: -self._keep]:
             # Renamed first: what is half-removed must not look like a checkpoint.
             remove_tree(path.rename(path.with_name(f".{path.name}.old")))
@@ -185,14 +209,27 @@ def load_checkpoint(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> t
         state = TrainerState(**values)
     except TypeError as error:
         raise CheckpointError(f"{directory / _STATE} is not the state of a run: {error}") from error
-    files = open_tensor_files(directory / _OPTIMIZER)
+    return _load_arrays(directory / _OPTIMIZER, shapes), state
+
+
+def load_average(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    """The moving average of a run.
+
+    Raises:
+        CheckpointError: there is none, or it is of another shape.
+    """
+    return _load_arrays(directory / _AVERAGE, shapes)
+
+
+def _load_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    files = open_tensor_files(path)
     try:
         if set(files.tensors) != set(shapes):
-            raise CheckpointError(f"{directory / _OPTIMIZER} is of another model: its names differ")
-        moments = {name: files.read_slice(name, ()).astype(np.float32) for name in shapes}
+            raise CheckpointError(f"{path} is of another model: its names differ")
+        arrays = {name: files.read_slice(name, ()).astype(np.float32) for name in shapes}
     finally:
         files.close()
-    for name, moment in moments.items():
-        if moment.shape != shapes[name]:
-            raise CheckpointError(f"{directory / _OPTIMIZER}: {name} is {moment.shape}, expected {shapes[name]}")
-    return moments, state
+    for name, array in arrays.items():
+        if array.shape != shapes[name]:
+            raise CheckpointError(f"{path}: {name} is {array.shape}, expected {shapes[name]}")
+    return arrays

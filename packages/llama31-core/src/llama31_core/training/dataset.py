@@ -95,9 +95,27 @@ class MindRecordDataset:
         epoch, done = divmod(start, self.batches_per_epoch)
         while True:
             numbers = self._order(epoch)[done:]
-            for row, columns in zip(numbers, self._read(numbers), strict=True):
+            for row, columns in zip(numbers, self._read(numbers, self._batch_size), strict=True):
                 yield self._checked(columns, tuple(row.tolist()))
             epoch, done = epoch + 1, 0
+
+    def every_record(self, batch_size: int) -> Iterator[Batch]:
+        """This rank's share of all records once, in their order; the last batch is filled up with rows without labels.
+
+        Raises:
+            DatasetError: as `batches`.
+        """
+        own = np.arange(self.num_records)
+        own = own[own // batch_size % self._num_ranks == self._rank]
+        if not len(own):
+            return
+        starts = range(0, len(own), batch_size)
+        for start, columns in zip(starts, self._read(own, batch_size), strict=True):
+            numbers = own[start : start + batch_size]
+            filling = ((0, batch_size - len(numbers)), (0, 0))
+            filled = {name: np.pad(column, filling, mode="edge") for name, column in columns.items()}
+            filled["labels"][len(numbers) :] = IGNORED_LABEL
+            yield self._checked(filled, tuple(numbers.tolist()))
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Record numbers (batches, batch_size) of this rank in an epoch."""
@@ -132,7 +150,7 @@ class MindRecordDataset:
         tokens, positions, segments = (_cut(column, last=False) for column in (ids, positions, segments))
         return Batch(tokens, targets, positions, segments, numbers)
 
-    def _read(self, numbers: npt.NDArray[np.int64]) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
+    def _read(self, numbers: npt.NDArray[np.int64], batch_size: int) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             records = ds.MindDataset(
@@ -141,7 +159,7 @@ class MindRecordDataset:
                 num_parallel_workers=self._num_workers,
                 sampler=ds.SubsetSampler(numbers.ravel().tolist()),
             )
-            batches = records.batch(self._batch_size, drop_remainder=True)
+            batches = records.batch(batch_size)
             iterator = batches.create_dict_iterator(num_epochs=1, output_numpy=True)
             if threading.current_thread() is threading.main_thread():
                 for number, handler in handlers.items():  # the iterator puts its own in their place

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -70,7 +70,7 @@ def adapted_modules(targets: str | Sequence[str], n_layers: int) -> tuple[str, .
     return tuple(found)
 
 
-def _matcher(targets: str | Sequence[str]):  # type: ignore[no-untyped-def]
+def _matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
     if not isinstance(targets, str):
         return lambda name: any(name == target or name.endswith(f".{target}") for target in targets)
     if targets == "all-linear":
@@ -182,3 +182,12 @@ def peft_name(name: str) -> str:
     module, side = name.rsplit(".", 1)
     hf = spell(f"{module}.weight", "hf").removesuffix(".weight")
     return f"base_model.model.{hf}.lora_{side[-1].upper()}.weight"
+
+
+def merged(tensors: Mapping[str, Tensor], name: str, lora: Lora | None) -> Tensor:
+    """A weight with its change added, or as it is if it has none."""
+    stem = name.removesuffix(".weight")
+    if lora is None or stem + A not in tensors:
+        return tensors[name]
+    a, b = tensors[stem + A].asnumpy(), tensors[stem + B].asnumpy()
+    return Tensor(tensors[name].asnumpy() + np.float32(lora.alpha / lora.rank) * (b @ a))

@@ -1,4 +1,4 @@
-"""What a run begins with: weights that training can start from, and room for what it writes."""
+"""What a run begins with: data, weights that training can start from, and room for what it writes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,82 @@ from pathlib import Path
 
 import numpy as np
 
-from llama31_core.checkpoint import WeightsReader
+from llama31_core.checkpoint import WeightsReader, check_weights, open_weights
 from llama31_core.checkpoint.dtypes import Array
+from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError, ConfigError
+from llama31_core.lora.adapter import read_adapter
+from llama31_core.run_config import RunConfig
+from llama31_core.run_config.training import DatasetConfig
+from llama31_core.training.dataset import MindRecordDataset
+from llama31_core.training.lora import Lora, adapted_modules, adapter_values, first_values, is_change
+from llama31_core.training.weights import TrainedWeights
+
+
+def check_run(run: RunConfig, source: str) -> None:
+    """See that the file names what a run needs.
+
+    Raises:
+        ConfigError: it does not, or asks for what is not there.
+    """
+    if not run.load_checkpoint:
+        raise ConfigError(f"{source}: load_checkpoint is empty; set it to a model directory")
+    if not run.train_dataset.data_loader.dataset_dir:
+        raise ConfigError(f"{source}: train_dataset.data_loader.dataset_dir is empty; set it to MindRecord data")
+    if run.do_eval and not run.eval_dataset.data_loader.dataset_dir:
+        raise ConfigError(f"{source}: eval_dataset.data_loader.dataset_dir is empty; set it, or do_eval=False")
+    if run.eval_prompts and not run.do_eval:
+        raise ConfigError(f"{source}: eval_prompts are completed at evaluations; set do_eval=True")
+    if run.parallel.world_size != 1:
+        raise ConfigError(
+            f"{source}: parallel_config makes {run.parallel.world_size} ranks, this trains on one; "
+            f"set use_parallel=False"
+        )
+
+
+def open_data(run: RunConfig, section: DatasetConfig, config: ModelConfig, batch_size: int) -> MindRecordDataset:
+    """The data of a section.
+
+    Raises:
+        DatasetError: see MindRecordDataset.
+    """
+    return MindRecordDataset(
+        section.data_loader.dataset_dir,
+        config,
+        seq_length=run.model_section.seq_length,
+        batch_size=batch_size,
+        seed=run.seed if section.data_loader.shuffle else None,
+        num_workers=section.num_parallel_workers,
+    )
+
+
+def plan_lora(run: RunConfig, config: ModelConfig) -> Lora | None:
+    """What is adapted, if not everything is trained."""
+    pet = run.model_section.pet_config
+    if pet is None:
+        return None
+    return Lora(adapted_modules(pet.target_modules, config.n_layers), pet.lora_rank, pet.lora_alpha)
+
+
+def load_values(weights: TrainedWeights, model_dir: Path, lora: Lora | None, resumed: Path | None, seed: int) -> None:
+    """Fill the weights from the model, or from the checkpoint that a run goes on from.
+
+    Raises:
+        CheckpointError: missing, of another shape, or no numbers.
+    """
+    with open_weights(model_dir if resumed is None or lora is not None else resumed) as reader:
+        check_weights(reader, weights.config)
+        read = finite(reader)
+        adapter = read_adapter(resumed) if resumed is not None and lora is not None else None
+
+        def read_any(name: str) -> Array:
+            if lora is None or not is_change(name):
+                return read(name)
+            if adapter is None:
+                return first_values(name, weights.shape(name), seed)
+            return adapter_values(adapter, lora, name)
+
+        weights.load(read_any)
 
 
 def finite(weights: WeightsReader) -> Callable[[str], Array]:
