@@ -1,7 +1,8 @@
-"""Models with random weights and a fine-tuning run, for the tests of this package."""
+"""Models with random weights, and one of text whose answers can be worked out by hand, for this package's tests."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from mindspore import Tensor
 from mindspore.mindrecord import FileWriter
 
 from llama31_core.checkpoint import parameter_shapes, save_weights
+from llama31_core.commands import engine_options
 from llama31_core.config import ModelConfig
+from llama31_core.inference.engine import Engine
 from llama31_core.inference.runner import GraphRunner
+from llama31_core.inference.sum_runner import SumRunner
 from llama31_core.model import Llama, PagedAttention
 
 
@@ -83,3 +87,47 @@ def run_file(tmp_path: Path, random_weights: Callable[..., dict[str, npt.NDArray
     }
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """A configuration and a tokenizer of single bytes; weights are never read."""
+    path = tmp_path / "model"
+    path.mkdir()
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 16, "max_seq_len": 512}
+    ModelConfig(vocab_size=258, **sizes).save_pretrained(path)
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spelling = {byte: chr(byte) for byte in kept}
+    spelling |= {byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in kept)}
+    special = [
+        {"id": 256 + n, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False}
+        for n, text in enumerate(("<s>", "</s>"))
+    ]  # fmt: skip
+    vocabulary = {spelling[byte]: byte for byte in range(256)}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": special,
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    template = "{% for m in messages %}[{{ m['role'] }}:{{ m['content'] }}]{% endfor %}"
+    values = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture
+def runners(monkeypatch: pytest.MonkeyPatch) -> list[SumRunner]:
+    """The runners of the engines that are built, in place of models."""
+    made: list[SumRunner] = []
+
+    def build(setup: engine_options.EngineSetup) -> Engine:
+        made.append(SumRunner(setup.plan.config.vocab_size, setup.plan.cache.num_blocks, setup.plan.cache.block_size))
+        return Engine(setup.plan.config, made[-1], setup.plan.options)
+
+    monkeypatch.setattr(engine_options.EngineSetup, "build", build)
+    return made

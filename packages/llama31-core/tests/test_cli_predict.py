@@ -18,61 +18,14 @@ from typing import Any
 import pytest
 
 from llama31_core.cli import main
-from llama31_core.commands import engine_options
 from llama31_core.commands.batch import REJECTS_SUFFIX
 from llama31_core.commands.sampling_options import OPTIONS, add_sampling_options, given_options
 from llama31_core.commands.spool import Spool, spool_path
-from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
-from llama31_core.inference.engine import Engine
 from llama31_core.inference.sampling_params import SamplingParams
 from llama31_core.inference.sum_runner import SumRunner
 
 VOCAB = 258
-CONFIG = ModelConfig(vocab_size=VOCAB, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16, max_seq_len=512)
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}:{{ m['content'] }}]{% endfor %}"
-
-
-@pytest.fixture
-def model_dir(tmp_path: Path) -> Path:
-    """A configuration and a tokenizer of single bytes; weights are never read."""
-    path = tmp_path / "model"
-    path.mkdir()
-    CONFIG.save_pretrained(path)
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spelling = {byte: chr(byte) for byte in kept}
-    spelling |= {byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in kept)}
-    special = [
-        {"id": 256 + n, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False}
-        for n, text in enumerate(("<s>", "</s>"))
-    ]  # fmt: skip
-    vocabulary = {spelling[byte]: byte for byte in range(256)}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": special,
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-    }
-    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    values = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
-    (path / "tokenizer_config.json").write_text(json.dumps(values))
-    return path
-
-
-@pytest.fixture
-def runners(monkeypatch: pytest.MonkeyPatch) -> list[SumRunner]:
-    """The runners of the engines that are built, in place of models."""
-    made: list[SumRunner] = []
-
-    def build(setup: engine_options.EngineSetup) -> Engine:
-        made.append(SumRunner(VOCAB, setup.plan.cache.num_blocks, setup.plan.cache.block_size))
-        return Engine(setup.plan.config, made[-1], setup.plan.options)
-
-    monkeypatch.setattr(engine_options.EngineSetup, "build", build)
-    return made
 
 
 def continued(ids: list[int], count: int) -> list[int]:

@@ -16,12 +16,11 @@ from llama31_core.checkpoint.staging import staged_file
 from llama31_core.commands.chat_session import ONE_ANSWER, ChatSession
 from llama31_core.commands.engine_options import add_engine_options, plan_engine
 from llama31_core.commands.interrupts import handled_by
+from llama31_core.commands.model_source import add_source_arguments, load_source
 from llama31_core.commands.prompts import PromptEncoder
 from llama31_core.commands.sampling_options import add_sampling_options, given_options
-from llama31_core.config import ModelConfig
 from llama31_core.errors import Llama31Error, RequestError
 from llama31_core.inference.sampling_params import SamplingParams
-from llama31_tokenizer import Tokenizer
 from llama31_tokenizer.errors import Llama31Error as TokenizerSideError
 
 DEFAULTS: Mapping[str, Any] = {"max_tokens": 1024, "temperature": 0.6, "top_p": 0.9}
@@ -41,7 +40,7 @@ _PROMPT, _MORE, _QUOTES = ">>> ", "... ", '"""'
 def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Declares the command."""
     parser = commands.add_parser("chat", parents=[shared], help="talk with a model", description=__doc__)
-    parser.add_argument("model_dir", type=Path, help="a model directory, as llama31-ckpt convert writes it")
+    add_source_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the system says first")
     add_sampling_options(parser, DEFAULTS)
     add_engine_options(parser)
@@ -50,15 +49,15 @@ def add_parser(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Talk until /exit or the end of the input."""
-    options = given_options(arguments, DEFAULTS)
+    source = load_source(arguments)
+    from_run = None if source.sampling is None else {"max_tokens": DEFAULTS["max_tokens"], **source.sampling}
+    options = given_options(arguments, from_run or DEFAULTS)
     for name in ONE_ANSWER:
         if options.pop(name, 1) != 1:
             raise RequestError(f"--{name} is 1 in a chat: there is one answer to each message")
     SamplingParams(**options)
-    config = ModelConfig.from_pretrained(arguments.model_dir)
-    tokenizer = Tokenizer.from_pretrained(arguments.model_dir)
-    encoder = PromptEncoder(tokenizer, system=arguments.system)
-    setup = plan_engine(arguments, arguments.model_dir, config, tokenizer, max_batch_size=1)
+    encoder = PromptEncoder(source.tokenizer, system=arguments.system)
+    setup = plan_engine(arguments, source, **{**source.engine, "max_batch_size": 1})
     engine = setup.build()
     engine.warm_up()
     Repl(ChatSession(engine, encoder, options, arguments.adapter)).run()

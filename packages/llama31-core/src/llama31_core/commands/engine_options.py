@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama31_core.commands.interrupts import importing_mindspore
+from llama31_core.commands.model_source import ModelSource
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError, RequestError
 from llama31_core.inference.engine import Engine
@@ -77,9 +78,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", metavar="NAME", help="which of them to use where nothing else is said")
 
 
-def plan_engine(
-    arguments: argparse.Namespace, weights: Path, config: ModelConfig, tokenizer: Tokenizer, **more: int
-) -> EngineSetup:
+def plan_engine(arguments: argparse.Namespace, source: ModelSource, **more: int) -> EngineSetup:
     """Check what a command line asks for; `more` are options for those that are not given.
 
     Raises:
@@ -91,12 +90,14 @@ def plan_engine(
         raise ConfigError("--lora gives one name to two adapters; give each its own")
     loaded = [read_adapter(path) for path in adapters.values()]
     slots = {"max_loras": len(loaded), "max_lora_rank": max(adapter.rank for adapter in loaded)} if loaded else {}
+    if "cache_memory_bytes" in given:
+        more.pop("num_blocks", None)  # both say how large the cache is
     options = EngineOptions(**{**more, **slots, **given})
-    plan = EnginePlan.make(config, options)
-    _check_adapters(loaded, config, options)
+    plan = EnginePlan.make(source.config, options)
+    _check_adapters(loaded, source.config, options)
     if arguments.draft_model is not None:
         plan.for_draft(ModelConfig.from_pretrained(arguments.draft_model))
-    setup = EngineSetup(plan, weights, tokenizer, adapters, arguments.draft_model)
+    setup = EngineSetup(plan, source.weights, source.tokenizer, adapters, arguments.draft_model)
     setup.check_adapter(arguments.adapter)
     return setup
 

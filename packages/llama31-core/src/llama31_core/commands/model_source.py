@@ -1,0 +1,120 @@
+"""What a command runs: a model directory, or a run file of MindFormers' form that names weights and vocabulary."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama31_core.config import ModelConfig
+from llama31_core.errors import ConfigError
+from llama31_core.parallel.mesh import ParallelConfig
+from llama31_core.run_config import PredictConfig, load_predict_config
+from llama31_tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model, and what a run file says of running it; flags of the command line come before that.
+
+    Attributes:
+        config: the architecture.
+        weights: model directory or weight file.
+        tokenizer: the model's.
+        engine: arguments of EngineOptions.
+        sampling: arguments of SamplingParams; None without a run file.
+        max_length: tokens of prompt and answer together (`max_decode_length`); None without a run file.
+        seed: of what is drawn at random.
+        add_bos_token: raw prompts begin with bos.
+    """
+
+    config: ModelConfig
+    weights: Path
+    tokenizer: Tokenizer
+    engine: Mapping[str, int] = field(default_factory=dict)
+    sampling: Mapping[str, Any] | None = None
+    max_length: int | None = None
+    seed: int | None = None
+    add_bos_token: bool = False
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model."""
+    text = "a model directory, as llama31-ckpt convert writes it; with --config a weight file too (its load_checkpoint)"
+    parser.add_argument("model_dir", type=Path, nargs="?", metavar="MODEL_DIR", help=text)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a YAML file with run_mode: predict; other flags come before it"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="put over the value of --config"
+    )
+
+
+def load_source(arguments: argparse.Namespace) -> ModelSource:
+    """The model that a command line names.
+
+    Raises:
+        ConfigError: nothing names one; a run file that does not load, or says something else than the model's config.
+        TokenizerError: no vocabulary.
+    """
+    if arguments.config is None:
+        if arguments.model_dir is None:
+            raise ConfigError("no model is named; give MODEL_DIR, or --config with a load_checkpoint")
+        if arguments.set:
+            raise ConfigError(f"--set {arguments.set[0]} is for a run file; give --config too")
+        path = arguments.model_dir
+        return ModelSource(ModelConfig.from_pretrained(path), path, Tokenizer.from_pretrained(path))
+    run = load_predict_config(arguments.config, arguments.set)
+    return source_of_run(run, str(arguments.config), arguments.model_dir)
+
+
+def source_of_run(run: PredictConfig, source: str, weights: Path | None = None) -> ModelSource:
+    """What a run file describes; `weights` instead of its load_checkpoint."""
+    if run.parallel != ParallelConfig():
+        sizes = f"data_parallel {run.parallel.dp}, model_parallel {run.parallel.tp}, pipeline_stage {run.parallel.pp}"
+        raise ConfigError(
+            f"{source}: use_parallel is True with {sizes}, but prediction runs on one device; set use_parallel to False"
+        )
+    if weights is None:
+        if not run.load_checkpoint:
+            raise ConfigError(f"{source}: load_checkpoint is empty; name a model directory or a weight file")
+        weights = Path(run.load_checkpoint)
+    section = run.model_section
+    return ModelSource(
+        _architecture(run, source, weights),
+        weights,
+        _tokenizer(run, source, weights),
+        section.engine_values(),
+        section.sampling_values(),
+        min(section.seq_length, section.max_decode_length),
+        run.seed,
+        run.add_bos_token,
+    )
+
+
+def _architecture(run: PredictConfig, source: str, weights: Path) -> ModelConfig:
+    """That of the config.json beside the weights, with which the run file must agree, or else that of the run file."""
+    if not weights.exists():
+        raise ConfigError(f"{source}: load_checkpoint is {str(weights)!r}, and that does not exist")
+    home = weights if weights.is_dir() else weights.parent
+    if not (home / "config.json").is_file():
+        return run.model_section.architecture(f"{source}: model.model_config (there is no config.json in {home})")
+    config = ModelConfig.from_pretrained(home)
+    run.model_section.check_against(config, source)
+    return config
+
+
+def _tokenizer(run: PredictConfig, source: str, weights: Path) -> Tokenizer:
+    """Of vocab_file, or of the directory of the weights; there what lies beside the vocabulary counts too."""
+    home = weights if weights.is_dir() else weights.parent
+    named = run.processor.tokenizer.vocab_file
+    if not named:
+        return Tokenizer.from_pretrained(home)
+    path = Path(named)
+    if not path.exists():
+        raise ConfigError(f"{source}: processor.tokenizer.vocab_file is {named!r}, and that does not exist")
+    if path.is_dir() or path.parent.resolve() == home.resolve():
+        return Tokenizer.from_pretrained(path if path.is_dir() else home)
+    return Tokenizer.from_file(path)
