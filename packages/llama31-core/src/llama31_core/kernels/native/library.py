@@ -49,7 +49,7 @@ def load_library() -> Path:
     missing = [name for name in _FEATURES if name not in _cpu_features()]
     if missing:
         raise NativeKernelsError(f"the native kernels need a CPU with {', '.join(missing)}")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = find_compiler()
     if compiler is None:
         raise NativeKernelsError("the native kernels need g++ or clang++ once, to be compiled; install one")
     library = _cache_directory() / _fingerprint(compiler) / "libllama31_kernels.so"
@@ -57,6 +57,11 @@ def load_library() -> Path:
         _compile(compiler, library)
     ctypes.CDLL(str(library)).Llama31SetNumThreads(num_threads())
     return library
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: $CXX, or g++ or clang++ on the PATH."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 def _cpu_features() -> set[str]:
