@@ -163,9 +163,9 @@ def candidates(scores_V: Floats | npt.NDArray[np.float32], params: SamplingParam
     Each filter works on what the one before left, with probabilities that sum to 1 again.
     """
     scores = scores_V.astype(np.float64) / params.temperature
-    ids = np.arange(len(scores))
-    if 0 < params.top_k < len(scores):
-        ids = np.argpartition(-scores, params.top_k - 1)[: params.top_k]
+    ids = np.flatnonzero(scores > -np.inf)  # what a ban or a mask leaves
+    if 0 < params.top_k < len(ids):
+        ids = ids[np.argpartition(-scores[ids], params.top_k - 1)[: params.top_k]]
     ids = ids[np.argsort(-scores[ids], kind="stable")]
     weights = np.exp(scores[ids] - scores[ids[0]])
     probabilities = weights / weights.sum()

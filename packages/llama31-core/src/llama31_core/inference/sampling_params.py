@@ -112,6 +112,8 @@ class SamplingParams:
     def _check_combinations(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower it")
+        if self.logits_mask is not None and self.ignore_eos:
+            raise RequestError("ignore_eos does not go with logits_mask, which says when a completion may end")
         if self.num_beams == 1:
             return
         if self.temperature != 0 or self.logprobs is not None or self.logits_mask is not None:
