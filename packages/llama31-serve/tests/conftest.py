@@ -78,8 +78,8 @@ class Running:
 class SayingEngine(EchoEngine):
     """Says the same to everything, then stops."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(vocab_size=259, eos_token_ids=(258,))
+    def __init__(self, text: str, step_s: float = 0.0) -> None:
+        super().__init__(vocab_size=259, eos_token_ids=(258,), step_s=step_s)
         self._ids = [*text.encode(), 258]
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:

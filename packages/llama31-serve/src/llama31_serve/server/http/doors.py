@@ -23,6 +23,7 @@ from llama31_serve.server.http.completion_routes import CompletionRoutes
 from llama31_serve.server.http.exposition import Exposition
 from llama31_serve.server.http.listener import HttpListener
 from llama31_serve.server.http.management_routes import ManagementRoutes
+from llama31_serve.server.http.page import Page
 from llama31_serve.server.http.refusals import MINDIE, OPENAI, Door
 from llama31_serve.server.http.simple_routes import SimpleRoutes
 from llama31_serve.server.http.text_routes import TextRoutes
@@ -103,6 +104,7 @@ def _business_routes(parts: HttpParts) -> list[Route]:
         return Route(path, Endpoint(handle, _door_of(path), parts.observer), methods=[method])  # type: ignore[arg-type]
 
     return [
+        route("GET", "/", Page().page),
         route("POST", "/", text.root),
         route("POST", "/generate", text.generate),
         route("POST", "/generate_stream", text.generate_stream),
