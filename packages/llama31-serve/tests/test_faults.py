@@ -20,10 +20,10 @@ from llama31_serve.server.echo_engine import EchoEngine
 from llama31_serve.server.generation_request import Limits
 from llama31_serve.server.job import Inbox, StepText, TextStream
 from llama31_serve.server.refusal import Refusal
-from llama31_serve.server.stop_strings import StopStringMatcher
 from llama31_serve.server.text import TextModel
 from llama31_serve.server.validation import read_chat, read_generate
 from llama31_serve.stubs import inference_pb2 as pb
+from llama31_tokenizer.stop_strings import StopStringMatcher
 
 Serve = Any
 METHOD = "/llama31.inference.v1.InferenceService/"

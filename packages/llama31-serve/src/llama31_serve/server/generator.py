@@ -22,8 +22,8 @@ from llama31_serve.server.lifecycle import Lifecycle
 from llama31_serve.server.observer import Observer, RequestRecord
 from llama31_serve.server.open_requests import OpenRequest, OpenRequests
 from llama31_serve.server.refusal import Refusal, invalid
-from llama31_serve.server.stop_strings import StopStringMatcher
 from llama31_serve.server.text import TextWorker
+from llama31_tokenizer.stop_strings import StopStringMatcher
 
 logger = logging.getLogger(__name__)
 SEED_MODULUS = 2**64

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llama31_serve.server.engine import EngineFinish, Sampling, StreamDecoder, TokenLogprobs
-from llama31_serve.server.stop_strings import StopStringMatcher
+from llama31_tokenizer.stop_strings import StopStringMatcher
 
 FinishReason = Literal["stop_token", "stop_string", "length", "aborted"]
 _REASONS: dict[EngineFinish, FinishReason] = {"stop": "stop_token", "length": "length", "abort": "aborted"}

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama31_serve.server.stop_strings import StopStringMatcher
+from llama31_tokenizer import StopStringMatcher
 
 letters = st.text("ab", max_size=30)
 stops = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
