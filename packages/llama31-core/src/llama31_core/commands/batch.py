@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llama31_core.commands.prompts import Answer, AnswerCollector, decode_answer
+from llama31_core.commands.answers import Answer, AnswerCollector
 from llama31_core.commands.records import Record, RecordReader, Reject
 from llama31_core.commands.spool import Spool, write_lines
 from llama31_core.errors import RequestError
@@ -103,7 +103,7 @@ def run_batch(batch: Batch, spool: Spool, engine: Engine, tokenizer: Tokenizer, 
     with tqdm(total=num_records, initial=len(done), unit="record", file=sys.stderr, disable=None) as bar:
 
         def finish(record: Record, collector: AnswerCollector) -> None:
-            spool.add(record.line, result_of(record, collector, tokenizer))
+            spool.add(record.line, result_of(record, collector))
             figures.num_records += 1
             figures.num_prompt_tokens += len(record.prompt_ids)
             figures.num_tokens += sum(len(answer.token_ids) for answer in collector.answers)
@@ -112,12 +112,14 @@ def run_batch(batch: Batch, spool: Spool, engine: Engine, tokenizer: Tokenizer, 
             bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
             bar.update()
 
-        _drive(engine, records, finish)
+        _drive(engine, tokenizer, records, finish)
     figures.elapsed_s = time.perf_counter() - started
     return figures
 
 
-def _drive(engine: Engine, records: Iterator[Record], finish: Callable[[Record, AnswerCollector], None]) -> None:
+def _drive(
+    engine: Engine, tokenizer: Tokenizer, records: Iterator[Record], finish: Callable[[Record, AnswerCollector], None]
+) -> None:
     """Keep the engine's places filled, with as many requests waiting, till all records are complete."""
     open_requests: dict[str, tuple[Record, AnswerCollector]] = {}
     most = 2 * engine.options.max_batch_size
@@ -126,31 +128,34 @@ def _drive(engine: Engine, records: Iterator[Record], finish: Callable[[Record, 
         while pending is not None and len(open_requests) < most:
             name = str(pending.line)
             engine.add(name, pending.prompt_ids, pending.params, adapter=pending.adapter)
-            open_requests[name] = (pending, AnswerCollector(pending.params.n))
+            open_requests[name] = (pending, AnswerCollector(tokenizer, pending.params.n, pending.stop))
             pending = next(records, None)
         for output in engine.step():
+            if output.request_id not in open_requests:
+                continue  # of the step in which a stop string ended it
             record, collector = open_requests[output.request_id]
             collector.push(output)
             if collector.is_complete:
+                engine.abort(output.request_id)  # it does not know of stop strings
                 del open_requests[output.request_id]
                 finish(record, collector)
 
 
-def result_of(record: Record, collector: AnswerCollector, tokenizer: Tokenizer) -> dict[str, Any]:
+def result_of(record: Record, collector: AnswerCollector) -> dict[str, Any]:
     """The line of a request's result."""
     result: dict[str, Any] = {
         "id": record.key,
         "num_prompt_tokens": len(record.prompt_ids),
-        "completions": [_completion(answer, tokenizer) for answer in collector.answers],
+        "completions": [_completion(answer) for answer in collector.answers],
     }
     if collector.prompt_logprobs is not None:
         result["prompt_logprobs"] = [None if entry is None else _logprob(entry) for entry in collector.prompt_logprobs]
     return result
 
 
-def _completion(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
+def _completion(answer: Answer) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "text": decode_answer(tokenizer, answer.token_ids),
+        "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
     }

@@ -18,6 +18,7 @@ from llama31_core.commands.engine_options import add_engine_options, plan_engine
 from llama31_core.commands.interrupts import handled_by
 from llama31_core.commands.model_source import add_source_arguments, load_source
 from llama31_core.commands.prompts import PromptEncoder
+from llama31_core.commands.records import stop_strings
 from llama31_core.commands.sampling_options import add_sampling_options, given_options
 from llama31_core.errors import Llama31Error, RequestError
 from llama31_core.inference.sampling_params import SamplingParams
@@ -56,11 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
         if options.pop(name, 1) != 1:
             raise RequestError(f"--{name} is 1 in a chat: there is one answer to each message")
     SamplingParams(**options)
+    stop = stop_strings(arguments.stop)
     encoder = PromptEncoder(source.tokenizer, system=arguments.system)
     setup = plan_engine(arguments, source, **{**source.engine, "max_batch_size": 1})
     engine = setup.build()
     engine.warm_up()
-    Repl(ChatSession(engine, encoder, options, arguments.adapter)).run()
+    Repl(ChatSession(engine, encoder, options, stop, arguments.adapter)).run()
     return 0
 
 

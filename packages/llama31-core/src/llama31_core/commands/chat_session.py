@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama31_core.commands.prompts import PromptEncoder, decode_answer
+from llama31_core.commands.answers import Answer
+from llama31_core.commands.prompts import PromptEncoder
 from llama31_core.commands.sampling_options import parse_option
 from llama31_core.errors import RequestError
 from llama31_core.inference.engine import Engine
 from llama31_core.inference.sampling_params import SamplingParams
-from llama31_tokenizer import StreamDecoder
 
 ONE_ANSWER = ("n", "num_beams")  # parameters that would make several
 
@@ -24,6 +24,7 @@ class ChatSession:
         engine: computes; what it has in its cache of earlier turns is not computed again.
         encoder: holds the system message.
         options: sampling parameters, by name.
+        stop: texts that end an answer.
         adapter: of the engine's, or None.
         messages: what user and assistant have said.
         num_prompt_tokens, num_cached_tokens, num_tokens: of all turns: given, of these found in the cache, generated.
@@ -32,6 +33,7 @@ class ChatSession:
     engine: Engine
     encoder: PromptEncoder
     options: dict[str, Any]
+    stop: tuple[str, ...] = ()
     adapter: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
     num_prompt_tokens: int = 0
@@ -87,27 +89,25 @@ class ChatSession:
         params = SamplingParams(**{**self.options, "max_tokens": room if wanted is None else min(wanted, room)})
         before = self.engine.stats().num_prefix_hit_tokens
         self.engine.add("chat", prompt, params, adapter=self.adapter)
-        token_ids: list[int] = []
+        answer = Answer(self.encoder.tokenizer, self.stop)
         try:
-            yield from self._pieces(token_ids, is_stopped)
+            yield from self._pieces(answer, is_stopped)
         finally:
             self.engine.abort("chat")
-            said = decode_answer(self.encoder.tokenizer, token_ids)
-            self.messages = [*messages, {"role": "assistant", "content": said}]
+            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
             self.num_turns += 1
             self.num_prompt_tokens += len(prompt)
             self.num_cached_tokens += self.engine.stats().num_prefix_hit_tokens - before
-            self.num_tokens += len(token_ids)
+            self.num_tokens += len(answer.token_ids)
 
-    def _pieces(self, token_ids: list[int], is_stopped: Callable[[], bool]) -> Iterator[str]:
-        decoder = StreamDecoder(self.encoder.tokenizer)
-        while self.engine.has_unfinished() and not is_stopped():
+    def _pieces(self, answer: Answer, is_stopped: Callable[[], bool]) -> Iterator[str]:
+        while answer.finish_reason is None and not is_stopped():
             for output in self.engine.step():
                 if output.error is not None:
                     raise RequestError(f"the model could not go on: {output.error}")
-                token_ids += output.token_ids
-                yield decoder.push(output.token_ids)
-        yield decoder.flush()
+                yield answer.push(output)
+        if answer.finish_reason is None:
+            yield answer.flush()
 
     def stats(self) -> str:
         """What the turns have cost, in one line."""

@@ -14,8 +14,9 @@ import yaml
 from tqdm import tqdm
 
 from llama31_core.checkpoint.staging import staged_file
+from llama31_core.commands.answers import decode_answer
 from llama31_core.commands.interrupts import importing_mindspore
-from llama31_core.commands.prompts import PromptEncoder, decode_answer
+from llama31_core.commands.prompts import PromptEncoder
 from llama31_core.run_config import RunConfig, load_run_config
 from llama31_tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from llama31_core.commands.batch import Batch, run_batch
 from llama31_core.commands.engine_options import EngineSetup, add_engine_options, plan_engine
 from llama31_core.commands.model_source import add_source_arguments, load_source
 from llama31_core.commands.prompts import PromptEncoder
-from llama31_core.commands.records import Record, RecordReader
+from llama31_core.commands.records import Record, RecordReader, stop_strings
 from llama31_core.commands.sampling_options import add_sampling_options, given_options
 from llama31_core.commands.terminal import AnswerPrinter
 from llama31_core.errors import ConfigError
@@ -72,13 +72,14 @@ def predict_prompts(
     arguments: argparse.Namespace, setup: EngineSetup, encoder: PromptEncoder, params: SamplingParams
 ) -> None:
     """Complete the prompts of a command line, all at once."""
+    stop = stop_strings(arguments.stop)
     prompts = [encoder.encode_prompt(text) for text in arguments.prompt]
     for prompt_ids in prompts:
         setup.plan.check_request(prompt_ids, params)
     behind = "" if arguments.raw and params.n == 1 else "\n"
     heads = [text + behind if arguments.echo else "" for text in arguments.prompt]
     engine = setup.build()
-    printer = AnswerPrinter(setup.tokenizer, params.n, heads)
+    printer = AnswerPrinter(setup.tokenizer, params.n, stop, heads)
     started = time.perf_counter()
     printer.run(engine, prompts, params, arguments.adapter)
     elapsed_s = max(time.perf_counter() - started, 1e-9)
@@ -102,10 +103,10 @@ def predict_file(
         setup.check_adapter(record.adapter)
         setup.plan.check_request(record.prompt_ids, record.params)
 
-    reader = RecordReader(encoder, defaults, arguments.adapter, check)
+    reader = RecordReader(encoder, defaults, arguments.adapter, stop_strings(arguments.stop), check)
     described: dict[str, Any] = {"config": setup.plan.config.model_dump(), "weights": str(setup.weights.resolve())}
     described |= {"sampling": repr(sorted(defaults.items())), "adapters": repr(setup.adapters)}
-    described |= {name: repr(getattr(arguments, name)) for name in ("raw", "system", "adapter")}
+    described |= {name: repr(getattr(arguments, name)) for name in ("raw", "system", "adapter", "stop")}
     described["add_bos_token"] = repr(encoder.add_bos_token)
     described["max_seq_len"] = setup.plan.cache.max_seq_len
     batch = Batch(arguments.input, arguments.output, reader, arguments.strict, arguments.overwrite, described)

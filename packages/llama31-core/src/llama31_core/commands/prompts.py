@@ -1,15 +1,13 @@
-"""From what a user writes to the ids that the engine takes, and from the engine's ids to text."""
+"""From what a user writes to the ids that the engine takes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from llama31_core.errors import RequestError
-from llama31_core.inference.request import PromptLogprobs, StepOutput
-from llama31_core.inference.sampling import TokenLogprobs
-from llama31_tokenizer import ChatFormat, StreamDecoder, Tokenizer
+from llama31_tokenizer import ChatFormat, Tokenizer
 
 
 @dataclass
@@ -49,43 +47,3 @@ class PromptEncoder:
         if self.system is not None and not has_system:
             messages = [{"role": "system", "content": self.system}, *messages]
         return self._format.encode_dialog(messages, add_generation_prompt=True).ids
-
-
-@dataclass
-class Answer:
-    """One completion of a prompt, as far as the engine has given it; the fields are those of `Completion`."""
-
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    logprobs: list[TokenLogprobs] | None = None
-    error: str | None = None
-    score: float | None = None
-
-
-class AnswerCollector:
-    """Puts together the completions of one request from the engine's steps."""
-
-    def __init__(self, n: int) -> None:
-        self.answers = [Answer() for _ in range(n)]
-        self.prompt_logprobs: PromptLogprobs | None = None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing more will come."""
-        return all(answer.finish_reason is not None for answer in self.answers)
-
-    def push(self, output: StepOutput) -> None:
-        """Take what a step gave."""
-        answer = self.answers[output.index]
-        answer.token_ids += output.token_ids
-        answer.finish_reason, answer.error, answer.score = output.finish_reason, output.error, output.score
-        if output.logprobs is not None:
-            answer.logprobs = (answer.logprobs or []) + output.logprobs
-        if output.prompt_logprobs is not None:
-            self.prompt_logprobs = output.prompt_logprobs
-
-
-def decode_answer(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """The text of an answer, without control tokens."""
-    decoder = StreamDecoder(tokenizer)
-    return decoder.push(token_ids) + decoder.flush()

@@ -16,7 +16,7 @@ from llama31_core.validation import did_you_mean
 from llama31_tokenizer.errors import Llama31Error as TokenizerSideError
 
 _SOURCES = ("prompt", "messages", "token_ids")
-_KEYS = ("id", "adapter", *_SOURCES)
+_KEYS = ("id", "adapter", "stop", *_SOURCES)
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Record:
     prompt_ids: list[int]
     params: SamplingParams
     adapter: str | None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class RecordReader:
         encoder: for prompts and messages.
         defaults: sampling parameters of records that do not say otherwise.
         adapter: the adapter of such records.
+        stop: texts that end their answers.
         check: raises Llama31Error for a request that the engine would refuse.
     """
 
@@ -54,11 +56,13 @@ class RecordReader:
         encoder: PromptEncoder,
         defaults: Mapping[str, Any],
         adapter: str | None,
+        stop: tuple[str, ...],
         check: Callable[[Record], None],
     ) -> None:
         self._encoder = encoder
         self._defaults = defaults
         self._adapter = adapter
+        self._stop = stop
         self._check = check
 
     def read(self, path: Path) -> Iterator[Record | Reject]:
@@ -94,7 +98,8 @@ class RecordReader:
         if adapter is not None and not isinstance(adapter, str):
             raise RequestError(f"adapter is {adapter!r}, expected a name")
         prompt_ids = self._encode(sources[0], values[sources[0]])
-        return Record(number, key, prompt_ids, params_from_json(options, self._defaults), adapter)
+        params = params_from_json(options, self._defaults)
+        return Record(number, key, prompt_ids, params, adapter, stop_strings(values.get("stop", self._stop)))
 
     def _encode(self, source: str, value: Any) -> list[int]:
         if source == "prompt":
@@ -104,6 +109,18 @@ class RecordReader:
         if not isinstance(value, list):
             raise RequestError(f"{source} is {value!r}, expected a list")
         return self._encoder.encode_messages(value) if source == "messages" else value
+
+
+def stop_strings(value: Any) -> tuple[str, ...]:
+    """The texts that end an answer, from one or a list of them.
+
+    Raises:
+        RequestError: something else, or an empty one.
+    """
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise RequestError(f"stop is {value!r}, expected a text or a list of texts, none of them empty")
+    return tuple(stops)
 
 
 def _parse(line: bytes) -> dict[str, Any]:

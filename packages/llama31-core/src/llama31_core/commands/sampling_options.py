@@ -89,6 +89,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, defaults: Mapping[str,
             help=option.text + shown,
             **bare,
         )
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
 
 
 def given_options(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:

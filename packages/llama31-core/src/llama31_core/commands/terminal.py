@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama31_core.commands.prompts import AnswerCollector, decode_answer
+from llama31_core.commands.answers import AnswerCollector
 from llama31_core.inference.engine import Engine
 from llama31_core.inference.sampling_params import SamplingParams
-from llama31_tokenizer import StreamDecoder, Tokenizer
+from llama31_tokenizer import Tokenizer
 
 
 @dataclass
@@ -16,7 +16,6 @@ class _Line:
     """What is to be printed of one prompt: text that waits for its turn, and whether more will come."""
 
     collector: AnswerCollector
-    decoder: StreamDecoder
     waiting: str = ""
     done: bool = False
 
@@ -27,13 +26,13 @@ class AnswerPrinter:
     Args:
         tokenizer: the model's.
         n: answers to each prompt. A single one is printed as it is generated, several when all are complete.
+        stop: texts that end an answer.
         heads: what is printed before each prompt's answers.
     """
 
-    def __init__(self, tokenizer: Tokenizer, n: int, heads: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, n: int, stop: Sequence[str], heads: Sequence[str]) -> None:
         self._n = n
-        self._lines = [_Line(AnswerCollector(n), StreamDecoder(tokenizer), head) for head in heads]
+        self._lines = [_Line(AnswerCollector(tokenizer, n, stop), head) for head in heads]
         self._current = 0
 
     @property
@@ -50,19 +49,18 @@ class AnswerPrinter:
         while engine.has_unfinished():
             for output in engine.step():
                 line = self._lines[int(output.request_id)]
-                line.collector.push(output)
-                if self._n == 1:
-                    line.waiting += line.decoder.push(output.token_ids)
-                if line.collector.is_complete:
-                    line.waiting += self._rest(line)
+                piece = line.collector.push(output)
+                line.waiting += piece if self._n == 1 else ""
+                if line.collector.is_complete and not line.done:
+                    engine.abort(output.request_id)  # it does not know of stop strings
+                    line.waiting += self._end(line)
                     line.done = True
             self._print()
 
-    def _rest(self, line: _Line) -> str:
+    def _end(self, line: _Line) -> str:
         if self._n == 1:
-            return line.decoder.flush() + "\n"
-        answers = enumerate(line.collector.answers)
-        return "".join(f"[{index}] {decode_answer(self._tokenizer, answer.token_ids)}\n" for index, answer in answers)
+            return "\n"
+        return "".join(f"[{index}] {answer.text}\n" for index, answer in enumerate(line.collector.answers))
 
     def _print(self) -> None:
         while self._current < len(self._lines):
