@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from llama31_ckpt.cli import main as ckpt
 from llama31_serve import AsyncClient, Client, DeadlineError
@@ -124,6 +125,43 @@ def test_openais_client(addresses: Addresses) -> None:
         ]
         assert "".join(pieces) == ANSWER
         assert len(pieces) > 3
+
+
+CITY: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "inhabitants": {"type": "integer"}},
+    "required": ["city", "inhabitants"],
+    "additionalProperties": False,
+}
+
+
+def test_structured_output_over_http(addresses: Addresses) -> None:
+    with OpenAI(base_url=f"{addresses.http}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        name = client.models.list().data[0].id
+        create: Any = functools.partial(client.chat.completions.create, model=name, messages=QUESTION, temperature=0)
+        schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+        answer = create(response_format=schema).choices[0]
+        assert (answer.finish_reason, set(json.loads(answer.message.content))) == ("stop", set(CITY["properties"]))
+        assert create(max_tokens=9, response_format={"type": "json_object"}).choices[0].message.content.startswith("{")
+        choice = create(extra_body={"guided_choice": ["Rome", "Paris", "Oslo"]})
+        assert choice.choices[0].message.content == "Paris"
+        tool = {"type": "function", "function": {"name": "find_city", "description": "Find", "parameters": CITY}}
+        [call] = create(tools=[tool], tool_choice="required", max_tokens=80).choices[0].message.tool_calls
+        assert call.function.name == "find_city"
+        assert set(json.loads(call.function.arguments)) == set(CITY["properties"])
+        wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
+        with pytest.raises(BadRequestError, match="json_schema cannot be used"):
+            create(response_format=wrong)
+
+
+def test_structured_output_over_grpc(address: str) -> None:
+    with Client(address, timeout_s=120) as client:
+        number = client.generate("2 + 2 = ", regex="[0-9]{1,3}", temperature=0, max_tokens=8)
+        assert number.text.isdigit()
+        assert json.loads(client.chat(QUESTION, json_schema=CITY, temperature=0, max_tokens=60).text)["city"]
+        assert client.chat(QUESTION, choice=["Rome", "Paris"], temperature=0).text == "Paris"
+        nested = client.generate("((", lark='start: "(" start ")" | "x"', temperature=0, max_tokens=40)
+        assert nested.text.strip("()") == "x"
 
 
 def test_tgis_request(addresses: Addresses) -> None:

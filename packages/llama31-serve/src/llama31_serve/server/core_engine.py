@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import cast
 
 from llama31_core import Engine, ModelConfig, SamplingParams
-from llama31_core.errors import Llama31Error, RequestError
+from llama31_core.errors import ConfigError, Llama31Error, RequestError
 from llama31_core.inference.cache_plan import available_memory_bytes, block_size_bytes
 from llama31_core.inference.engine_plan import EnginePlan
 from llama31_core.inference.logits_mask import LogitsMaskFactory
 from llama31_core.inference.options import EngineOptions as CoreOptions
+from llama31_core.inference.structured import GrammarCompiler
 from llama31_serve.server.engine import (
     Adapter,
     AdapterError,
@@ -48,6 +50,8 @@ class CoreEngine:
         self.has_unfinished = engine.has_unfinished
         self.gathering_s = engine.gathering_s
         self._num_blocks = engine.num_free_blocks
+        self._grammars: GrammarCompiler | None = None
+        self._grammars_lock = threading.Lock()
         self._num_host_blocks = engine.stats().num_free_host_blocks
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
@@ -75,8 +79,23 @@ class CoreEngine:
         return EngineStats(num_blocks=self._num_blocks, num_host_blocks=self._num_host_blocks, **shared)
 
     def compile_grammar(self, grammar: Grammar, tokenizer: Tokenizer) -> object:
-        """See Engine.compile_grammar. llama31_core takes masks, but makes none yet."""
-        raise RequestRejectedError(f"this engine has no structured output; leave {grammar.kind} out")
+        """See Engine.compile_grammar."""
+        try:
+            with self._grammars_lock:
+                if self._grammars is None:
+                    self._grammars = self._grammar_compiler(tokenizer)
+            return getattr(self._grammars, grammar.kind)(grammar.source)
+        except (RequestError, ConfigError) as error:
+            raise RequestRejectedError(str(error)) from error
+
+    def _grammar_compiler(self, tokenizer: Tokenizer) -> GrammarCompiler:
+        """Takes a while, once. A token that is no text, or that the vocabulary does not have, stands for nothing."""
+        special = set(tokenizer.special_tokens.values())
+        texts = [
+            b"" if token_id in special or token_id >= tokenizer.vocab_size else tokenizer.decode_bytes([token_id])
+            for token_id in range(self.vocab_size)
+        ]
+        return GrammarCompiler(texts, self.eos_token_ids or tokenizer.stop_ids, sorted(special))
 
     def adapters(self) -> Sequence[Adapter]:
         """See Engine.adapters."""
