@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llama31_core.config import ModelConfig
-from llama31_core.errors import RequestError
-from llama31_core.inference.batch import BlockMove, Runner
+from llama31_core.errors import ConfigError, RequestError
+from llama31_core.inference.batch import Runner
 from llama31_core.inference.block_manager import BlockManager
 from llama31_core.inference.cache import SequenceCache
 from llama31_core.inference.cache_plan import largest_request
@@ -26,6 +26,7 @@ from llama31_core.inference.sampling_params import SamplingParams
 from llama31_core.inference.scheduler import Scheduler, urgency
 from llama31_core.inference.speculation import NgramProposer, Proposer
 from llama31_core.inference.stats import EngineStats
+from llama31_core.lora.adapter import Adapter, read_adapter
 from llama31_core.lora.table import AdapterStore, AdapterTable, LoadedAdapter
 
 
@@ -74,12 +75,14 @@ class Engine:
 
     @staticmethod
     def plan(model_dir: str | Path, options: EngineOptions | None = None) -> EnginePlan:
-        """What `from_pretrained` would build, from config.json alone: to refuse what cannot work before weights load.
+        """What `from_pretrained` would build: to refuse what cannot work before MindSpore is imported and weights load.
 
         Raises:
             ConfigError: config.json is missing or not that of a Llama model, or memory does not suffice.
+            CheckpointError: the weights are missing, damaged or of another shape.
         """
-        return EnginePlan.make(ModelConfig.from_pretrained(model_dir), options or EngineOptions())
+        config = ModelConfig.from_pretrained(model_dir)
+        return EnginePlan.for_weights(config, options or EngineOptions(), Path(model_dir))
 
     @classmethod
     def from_pretrained(
@@ -89,31 +92,37 @@ class Engine:
         *,
         max_seq_len: int | None = None,
         num_blocks: int | None = None,
-        block_size: int = EngineOptions.block_size,
-        max_batch_size: int = EngineOptions.max_batch_size,
-        max_prefill_tokens: int = EngineOptions.max_prefill_tokens,
+        block_size: int | None = None,
+        max_batch_size: int | None = None,
+        max_prefill_tokens: int | None = None,
         draft_model_dir: str | Path | None = None,
     ) -> Engine:
         """An engine for a model directory.
 
         Args:
             model_dir: holds config.json and the weights.
-            options: all sizes and limits; the arguments below are the ones most often given, for use without it.
-            max_seq_len, num_blocks, block_size, max_batch_size, max_prefill_tokens: see EngineOptions.
+            options: all sizes and limits.
+            max_seq_len, num_blocks, block_size, max_batch_size, max_prefill_tokens: those of EngineOptions that are most
+                often given, for use without `options`.
             draft_model_dir: a smaller model of the same vocabulary, to guess tokens; prompt lookup if None.
 
         Raises:
-            ConfigError: config.json is missing or not that of a Llama model, or memory does not suffice.
+            ConfigError: config.json is missing or not that of a Llama model, memory does not suffice, or `options` are
+                given and one of the others too.
             CheckpointError: the weights are missing, damaged or of another shape.
         """
-        options = options or EngineOptions(
-            max_seq_len=max_seq_len,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_batch_size=max_batch_size,
-            max_prefill_tokens=max_prefill_tokens,
-        )
-        return cls.from_plan(cls.plan(model_dir, options), model_dir, draft_model_dir=draft_model_dir)
+        sizes = {
+            "max_seq_len": max_seq_len,
+            "num_blocks": num_blocks,
+            "block_size": block_size,
+            "max_batch_size": max_batch_size,
+            "max_prefill_tokens": max_prefill_tokens,
+        }
+        given = {name: value for name, value in sizes.items() if value is not None}
+        if options is not None and given:
+            raise ConfigError(f"options and {', '.join(given)} are given; put {', '.join(given)} into the options")
+        plan = cls.plan(model_dir, options or EngineOptions(**given))
+        return cls.from_plan(plan, model_dir, draft_model_dir=draft_model_dir)
 
     @classmethod
     def from_plan(cls, plan: EnginePlan, weights: str | Path, *, draft_model_dir: str | Path | None = None) -> Engine:
@@ -121,15 +130,17 @@ class Engine:
 
         `weights` may be a file without a configuration beside it, as the plan has that.
         """
-        draft = None if draft_model_dir is None else plan.for_draft(ModelConfig.from_pretrained(draft_model_dir))
+        draft = None if draft_model_dir is None else plan.for_draft(Path(draft_model_dir))
         from llama31_core.inference.runner import GraphRunner  # MindSpore: seconds to import
 
-        runner = GraphRunner.from_pretrained(Path(weights), plan.config, plan.cache, plan.options)
+        runner = GraphRunner.from_pretrained(Path(weights), plan.config, plan.cache, plan.options, plan.precision)
         if draft is None or draft_model_dir is None:
             return cls(plan.config, runner, plan.options, adapters=runner.adapters)
         from llama31_core.inference.draft_model import DraftModelProposer
 
-        draft_runner = GraphRunner.from_pretrained(Path(draft_model_dir), draft.config, draft.cache)
+        draft_runner = GraphRunner.from_pretrained(
+            Path(draft_model_dir), draft.config, draft.cache, draft.options, draft.precision
+        )
         proposer = DraftModelProposer(draft_runner, runner)
         return cls(plan.config, runner, plan.options, proposer=proposer, adapters=runner.adapters)
 
@@ -138,14 +149,15 @@ class Engine:
         """The adapters that requests can ask for."""
         return self._adapters.loaded
 
-    def load_adapter(self, name: str, directory: str | Path) -> LoadedAdapter:
-        """Load a LoRA adapter in PEFT's form beside the model; requests choose it by its name. Compiles nothing.
+    def load_adapter(self, name: str, adapter: str | Path | Adapter) -> LoadedAdapter:
+        """Load a LoRA adapter, a directory in PEFT's form or what `read_adapter` gave of one, beside the model; requests
+        choose it by its name. Compiles nothing.
 
         Raises:
             ConfigError: the name is taken, or `max_loras` adapters are loaded.
             CheckpointError: no adapter, or one that does not fit the model or `max_lora_rank`.
         """
-        return self._adapters.load(name, directory)
+        return self._adapters.load(name, adapter if isinstance(adapter, Adapter) else read_adapter(adapter))
 
     def unload_adapter(self, name: str) -> None:
         """Make room for another adapter.
@@ -192,10 +204,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile and run everything once, so that no request waits for it."""
-        self._runner.move_blocks([BlockMove("copy", 0, 0)])
-        if self._runner.num_host_blocks:
-            self._runner.move_blocks([BlockMove("out", 0, 0), BlockMove("in", 0, 0)])
         self.generate([[0]], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        self._execution.warm_up_moves()
 
     def generate(
         self,

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama31_core.errors import Llama31Error
-from llama31_core.inference.batch import Runner
+from llama31_core.inference.batch import BlockMove, Runner
 from llama31_core.inference.progress import Group, Progress
 from llama31_core.inference.request import StepOutput
 from llama31_core.inference.rows import Row, build_input, pack
@@ -52,6 +52,17 @@ class Execution:
         for sequence in tuple(group.sequences):
             self.progress.end(group, sequence)
         return True
+
+    def warm_up_moves(self) -> None:
+        """Move a block that nobody owns in every way that can come up."""
+        blocks, table = self._scheduler.cache.blocks, list[int]()
+        blocks.grow(table, 1)
+        moves = [BlockMove("clear", table[0], table[0]), BlockMove("copy", table[0], table[0])]
+        if self._runner.num_host_blocks:
+            moves += [BlockMove("out", table[0], 0), BlockMove("in", 0, table[0])]
+        self._runner.move_blocks(moves)
+        self._tell_proposer(lambda proposer: proposer.move_blocks(moves))
+        blocks.release(table)
 
     def step(self, now_s: float) -> list[StepOutput]:
         """Compute what the scheduler chooses at this time."""
