@@ -106,8 +106,8 @@ def test_every_parameter_has_a_row_of_its_width() -> None:
 
 def test_stages_follow_the_offset() -> None:
     parallel = ParallelConfig(pp=2, offset=(-1, 2))
-    assert parallel.stage_layers(SMALL) == [range(1), range(1, 5)]
-    assert ParallelConfig(pp=2).stage_layers(SMALL) == [range(3), range(3, 5)]
+    assert parallel.stage_layers(SMALL) == [(0,), (1, 2, 3, 4)]
+    assert ParallelConfig(pp=2).stage_layers(SMALL) == [(0, 1, 2), (3, 4)]
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_label_smoothing_and_z_loss_equal_torchs(
     loss = torch_loss(model, batch, smoothing, z_loss)
     loss.backward()
     backprop = Backprop(trained(config, weights), Objective(smoothing, z_loss), "none")
-    assert backprop.accumulate(batch, 1.0) == pytest.approx(loss.item(), rel=1e-5)
+    assert backprop.accumulate([batch], 1.0) == pytest.approx(loss.item(), rel=1e-5)
     check_gradients(backprop, model)
 
 
@@ -145,7 +145,7 @@ def test_gradients_over_several_blocks_of_queries(recompute: Recompute, random_w
     loss = torch_loss(model, batch)
     loss.backward()
     backprop = Backprop(trained(config, weights), Objective(), recompute)
-    assert backprop.accumulate(batch, 1.0) == pytest.approx(loss.item(), rel=1e-5)
+    assert backprop.accumulate([batch], 1.0) == pytest.approx(loss.item(), rel=1e-5)
     assert backprop.loss(batch) == pytest.approx(loss.item(), rel=1e-5)
     check_gradients(backprop, model)
 
@@ -171,11 +171,11 @@ def test_packed_documents_train_as_if_each_stood_alone(
     labels = np.pad(join[1], (0, padding), constant_values=-100)[None].astype(np.int32)
     packed = Batch(tokens, labels, positions, segment_ids)
     backprop = Backprop(trained(config, weights), Objective(), "none")
-    assert backprop.accumulate(packed, 1.0) == pytest.approx(want, rel=1e-5)
+    assert backprop.accumulate([packed], 1.0) == pytest.approx(want, rel=1e-5)
     check_gradients(backprop, model)
 
     alone = Backprop(trained(config, weights), Objective(), "none")
-    assert sum(alone.accumulate(d, 1.0) for d in documents) == pytest.approx(want, rel=1e-5)
+    assert alone.accumulate(documents, 1.0) == pytest.approx(want, rel=1e-5)
     for name, gradient in alone.gradients.items():
         ours = backprop.gradients[name].asnumpy()
         np.testing.assert_allclose(gradient.asnumpy(), ours, atol=1e-5 * np.abs(ours).max(), err_msg=name)

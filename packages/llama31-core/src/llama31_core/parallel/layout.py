@@ -183,16 +183,21 @@ def split_axes(name: str) -> tuple[str | None, ...]:
     return LAYOUT[re.sub(r"(?<=\.layers\.)\d+(?=\.)", "{}", name)]
 
 
+def axis_parts(axis: str | None, config: ModelConfig, parallel: ParallelConfig) -> int:
+    """Into how many parts an axis is split, by its entry in the table."""
+    if axis == "kv":
+        return min(parallel.tp, config.n_kv_heads)
+    return parallel.tp if axis == "tp" or (axis == "vocab" and parallel.vocab_parallel) else 1
+
+
 def _shard(
     name: str, shape: tuple[int, ...], config: ModelConfig, parallel: ParallelConfig, at: Coordinates
 ) -> ParameterShard:
     parts, slices, copies = [], [], 1
     for size, axis in zip(shape, split_axes(name), strict=True):
+        count = axis_parts(axis, config, parallel)
         if axis == "kv":
-            count = min(parallel.tp, config.n_kv_heads)
             copies = parallel.tp // count
-        else:
-            count = parallel.tp if axis == "tp" or (axis == "vocab" and parallel.vocab_parallel) else 1
         index = at.tp * count // parallel.tp
         parts.append(count)
         slices.append(slice(index * size // count, (index + 1) * size // count))
@@ -224,7 +229,8 @@ def describe(config: ModelConfig, parallel: ParallelConfig) -> str:
             rows.append((pattern, _shape(shard.full_shape), _shape(shard.shape), split + copies, stages))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    layers = ", ".join(f"{part.start}-{part.stop - 1}" for part in parallel.stage_layers(config))
+    parts = [f"{part.start}-{part.stop - 1}" for part in parallel.part_layers(config)]
+    layers = ", ".join(" and ".join(parts[stage :: parallel.pp]) for stage in range(parallel.pp))
     return "\n".join([*lines, f"layers of each stage: {layers}"])
 
 

@@ -34,8 +34,12 @@ class ParallelConfig(BaseModel):
         tp: tensor parallel parts of a layer (model_parallel).
         pp: pipeline stages (pipeline_stage).
         vocab_parallel: the embedding is split over tp (vocab_emb_dp: False); else every tp rank holds all of it.
+        sequence_parallel: between the split layers each tp rank has a part of the tokens (use_seq_parallel).
         shard_optimizer: optimiser state is split over dp where a parameter's first axis divides (ZeRO-1).
-        offset: layers that each stage has more or less than `n_layers // pp`, summing up to the remainder.
+        shard_gradients: the sums of gradients are split like the optimiser state (ZeRO-2).
+        interleave: parts of the layers that each stage has, dealt out in turns (pp_interleave_num).
+        offset: layers that each part of each stage has more or less than `n_layers // (pp * interleave)`, in the
+            order in which the model runs through them, summing up to the remainder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -45,14 +49,28 @@ class ParallelConfig(BaseModel):
     tp: int = Field(default=1, ge=1)
     pp: int = Field(default=1, ge=1)
     vocab_parallel: bool = True
+    sequence_parallel: bool = False
     shard_optimizer: bool = False
+    shard_gradients: bool = False
+    interleave: int = Field(default=1, ge=1)
     offset: tuple[int, ...] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        if self.offset is not None and len(self.offset) != self.pp:
-            raise ValueError(f"offset has {len(self.offset)} entries for pp={self.pp} stages")
+        if self.offset is not None and len(self.offset) != self.num_parts:
+            raise ValueError(
+                f"offset has {len(self.offset)} entries for pp={self.pp} stages of interleave={self.interleave} parts"
+            )
+        if self.interleave > 1 and self.pp == 1:
+            raise ValueError(f"interleave={self.interleave} needs pipeline stages to deal parts out to, pp is 1")
+        if self.shard_gradients and not self.shard_optimizer:
+            raise ValueError("shard_gradients needs shard_optimizer: gradients are split as the optimiser state is")
         return self
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of the model that follow one another; part k is on stage k % pp."""
+        return self.pp * self.interleave
 
     @property
     def world_size(self) -> int:
@@ -80,22 +98,30 @@ class ParallelConfig(BaseModel):
         groups = ([*own[:place], index, *own[place + 1 :]] for index in range(getattr(self, axis)))
         return [self.rank(Coordinates(*at)) for at in groups]
 
-    def stage_layers(self, config: ModelConfig) -> list[range]:
-        """The layers of every pipeline stage.
+    def part_layers(self, config: ModelConfig) -> list[range]:
+        """The layers of every part of the pipeline, in the order in which the model runs through them.
 
         Raises:
-            ConfigError: a stage would have none, or `offset` does not add up to all layers.
+            ConfigError: a part would have none, or `offset` does not add up to all layers.
         """
-        each, remainder = divmod(config.n_layers, self.pp)
-        # Without an offset the first stages, which hold no head, take the layers that are over.
-        offset = self.offset or tuple(int(stage < remainder) for stage in range(self.pp))
+        each, remainder = divmod(config.n_layers, self.num_parts)
+        # Without an offset the first parts, which hold no head, take the layers that are over.
+        offset = self.offset or tuple(int(part < remainder) for part in range(self.num_parts))
         sizes = [each + extra for extra in offset]
         if sum(sizes) != config.n_layers or min(sizes) < 1:
+            fitting = range(1, config.n_layers // self.interleave + 1)
+            near = sorted(sorted(fitting, key=lambda pp: abs(pp - self.pp))[:3])
             raise ConfigError(
-                f"pp={self.pp} with offset {list(offset)} makes stages of {sizes} layers, the model has "
-                f"{config.n_layers}; every stage needs one, and offset must sum up to {remainder}"
+                f"pp={self.pp} x interleave={self.interleave} with offset {list(offset)} makes parts of {sizes} "
+                f"layers, the model has {config.n_layers}; every stage needs one, and offset must sum up to "
+                f"{remainder}; the nearest pp that fit without an offset are {near}"
             )
         return [range(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
+
+    def stage_layers(self, config: ModelConfig) -> list[tuple[int, ...]]:
+        """The layers of every pipeline stage; raises as `part_layers` does."""
+        parts = self.part_layers(config)
+        return [tuple(layer for part in parts[stage :: self.pp] for layer in part) for stage in range(self.pp)]
 
     def check(self, config: ModelConfig, world_size: int | None = None) -> None:
         """See that the model divides, before anything is loaded.
@@ -104,9 +130,11 @@ class ParallelConfig(BaseModel):
             ConfigError: naming the axis, what it must divide, and the nearest sizes that would do.
         """
         if world_size is not None and world_size != self.world_size:
+            rest = self.pp * self.cp * self.tp
+            remedy = f"; with these pp, cp and tp, dp={world_size // rest} would fit" if world_size % rest == 0 else ""
             raise ConfigError(
                 f"pp={self.pp} x dp={self.dp} x cp={self.cp} x tp={self.tp} is {self.world_size} ranks, "
-                f"{world_size} are there"
+                f"{world_size} are there{remedy}"
             )
         divided = {"n_heads": config.n_heads, "ffn_dim": config.ffn_dim}
         if self.vocab_parallel or not config.tie_word_embeddings:  # the head is always split

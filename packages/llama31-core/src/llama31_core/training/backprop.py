@@ -8,21 +8,24 @@ Shapes: B sequences, T tokens, E = dim, N = B * T.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
+import numpy.typing as npt
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from llama31_core.training.attention import attention_biases
 from llama31_core.training.batch import Batch
 from llama31_core.training.block import BlockBackward, BlockForward, Recompute
-from llama31_core.training.head import HeadGradient, HeadLoss, Objective, chunk_size, label_chunks
+from llama31_core.training.head import HeadGradient, HeadLoss, Objective, Vocabulary, chunk_size, label_chunks
 from llama31_core.training.weights import TrainedWeights, layer_name
 
 
 @dataclass
-class _Kept:
+class Kept:
     """A layer's input and the activations that its backward graph takes."""
 
     inputs: Tensor  # (B, T, E)
@@ -72,31 +75,51 @@ class _Clear(nn.Cell):  # type: ignore[misc]
 class Backprop:
     """Loss of batches, and gradients summed over them until `clear`.
 
+    Args:
+        weights: what computes, and is differentiated where it is trained.
+        objective: what is minimised.
+        recompute: what is not kept between forward and backward.
+        vocabulary: the rows of the output matrix that are here; all if None.
+
     Attributes:
         gradients: by the name of the weight, of what is trained and has got one.
     """
 
-    def __init__(self, weights: TrainedWeights, objective: Objective, recompute: Recompute) -> None:
+    def __init__(
+        self,
+        weights: TrainedWeights,
+        objective: Objective,
+        recompute: Recompute,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         self._weights = weights
         self.gradients: dict[str, Tensor] = {}
         model = weights.template.model
         self._embed, self._rope = model.tok_embeddings, model.rope
         self._forward = BlockForward(weights.block, recompute)
         self._backward = BlockBackward(self._forward, recompute)
-        self._head = HeadGradient(HeadLoss(weights.template, objective))
-        self._head_loss = HeadLoss(weights.template, Objective())
+        self._head: HeadGradient | None = None
         self._add = _Add()
-        embedding = model.tok_embeddings.embedding_weight
-        buffers = dict(zip((p.name for p in self._head.trained), self._head.gradients, strict=True))
-        if embedding.requires_grad and embedding.name not in buffers:
-            buffers[embedding.name] = Parameter(Tensor(np.zeros(embedding.shape, np.float32)), "embedding_gradient")
-        self._buffers: dict[str, Parameter] = buffers
-        self._clear_buffers = _Clear(list(buffers.values())) if buffers else None
-        self._embedding_gradient = (
-            _EmbeddingGradient(self._embed, buffers[embedding.name]) if embedding.requires_grad else None
-        )
-        for cell in (self._forward, self._backward, self._head, self._head_loss):
+        self._buffers: dict[str, Parameter] = {}
+        if model.norm_out.weight.name in weights.outer_parameters:
+            self._head = HeadGradient(HeadLoss(weights.template, objective, vocabulary))
+            self._head_loss = HeadLoss(weights.template, Objective(), vocabulary)
+            self._buffers |= dict(zip((p.name for p in self._head.trained), self._head.gradients, strict=True))
+            for cell in (self._head, self._head_loss):
+                cell.set_train()
+        self._embedding_gradient = self._build_embedding_gradient()
+        self._clear_buffers = _Clear(list(self._buffers.values())) if self._buffers else None
+        for cell in (self._forward, self._backward):
             cell.set_train()
+
+    def _build_embedding_gradient(self) -> _EmbeddingGradient | None:
+        embedding = self._embed.embedding_weight
+        if not embedding.requires_grad or embedding.name not in self._weights.outer_parameters:
+            return None
+        if embedding.name not in self._buffers:
+            buffer = Parameter(Tensor(np.zeros(embedding.shape, np.float32)), "embedding_gradient")
+            self._buffers[embedding.name] = buffer
+        return _EmbeddingGradient(self._embed, self._buffers[embedding.name])
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -106,59 +129,87 @@ class Backprop:
 
     def loss(self, batch: Batch) -> float:
         """Summed cross-entropy of a batch's labels, whatever the objective; no gradients."""
-        x_BTE, _ = self._run_forward(batch, keep=False)
-        x_NE = x_BTE.reshape(-1, x_BTE.shape[-1])
-        totals = [self._head_loss(x_NE, *chunk) for chunk in self._chunks(batch)]
-        return float(sum(float(total) for total in totals))
+        x_BTE = self._embed(Tensor(batch.tokens))
+        x_BTE, _ = self._run_forward(x_BTE, self._weights.layer_indices, self._build_context(batch), keep=False)
+        return self._run_head_loss(batch, x_BTE)
 
-    def accumulate(self, batch: Batch, scale: float) -> float:
-        """Summed loss of a batch's labels; adds its gradients, times `scale`, to `gradients`."""
-        x_BTE, kept = self._run_forward(batch, keep=True)
+    def accumulate(self, batches: Sequence[Batch], scale: float) -> float:
+        """Summed loss of the batches' labels; adds their gradients, times `scale`, to `gradients`."""
+        return math.fsum(self._accumulate_one(batch, scale) for batch in batches)
+
+    def _accumulate_one(self, batch: Batch, scale: float) -> float:
+        context, layers = self._build_context(batch), self._weights.layer_indices
+        x_BTE, kept = self._run_forward(self._embed(Tensor(batch.tokens)), layers, context, keep=True)
+        loss, d_BTE = self._run_head(batch, x_BTE, scale)
+        self._run_embedding_back(batch, self._run_backward(d_BTE, layers, context, kept))
+        self.gradients.update(self._buffers)
+        return loss
+
+    def _run_forward(
+        self, x_BTE: Tensor, layers: Sequence[int], context: tuple[Tensor, ...], *, keep: bool
+    ) -> tuple[Tensor, list[Kept]]:
+        kept = []
+        for index in layers:
+            self._weights.use_layer(index)
+            y_BTE, activations = self._forward(x_BTE, *context)
+            if keep:
+                kept.append(Kept(x_BTE, activations))
+            x_BTE = y_BTE
+        return x_BTE, kept
+
+    def _run_head(self, batch: Batch, x_BTE: Tensor, scale: float) -> tuple[float, Tensor]:
+        """Summed loss, and the gradient of x times `scale`."""
+        assert self._head is not None
         x_NE = x_BTE.reshape(-1, x_BTE.shape[-1])
         d_x_NE = ops.zeros_like(x_NE)
         totals = []
         for chunk in self._chunks(batch):
             total, d_x_NE = self._head(x_NE, d_x_NE, *chunk, Tensor(scale, ms.float32))
             totals.append(total)
-        self._run_backward(batch, d_x_NE.reshape(x_BTE.shape), kept)
-        self.gradients.update(self._buffers)
+        return float(sum(float(total) for total in totals)), d_x_NE.reshape(x_BTE.shape)
+
+    def _run_head_loss(self, batch: Batch, x_BTE: Tensor) -> float:
+        x_NE = x_BTE.reshape(-1, x_BTE.shape[-1])
+        totals = [self._head_loss(x_NE, *chunk) for chunk in self._chunks(batch)]
         return float(sum(float(total) for total in totals))
 
-    def _run_forward(self, batch: Batch, *, keep: bool) -> tuple[Tensor, list[_Kept]]:
-        self._context = self._build_context(batch)
-        x_BTE = self._embed(Tensor(batch.tokens))
-        kept = []
-        for index in self._weights.layer_indices:
-            self._weights.use_layer(index)
-            y_BTE, activations = self._forward(x_BTE, *self._context)
-            if keep:
-                kept.append(_Kept(x_BTE, activations))
-            x_BTE = y_BTE
-        return x_BTE, kept
-
-    def _run_backward(self, batch: Batch, d_BTE: Tensor, kept: list[_Kept]) -> None:
+    def _run_backward(
+        self, d_BTE: Tensor, layers: Sequence[int], context: tuple[Tensor, ...], kept: list[Kept]
+    ) -> Tensor:
+        """The gradient of what the layers were given; `kept` is used up."""
         names = [parameter.name for parameter in self._backward.trained]
-        for index in reversed(self._weights.layer_indices):
+        rotation, biases = context[:3], context[3:]
+        for index in reversed(layers):
             self._weights.use_layer(index)
             layer = kept.pop()
-            d_BTE, new = self._run_layer_back(d_BTE, layer)
+            d_BTE, new = self._backward(d_BTE, layer.inputs, *rotation, *layer.activations, *biases)
             own = [layer_name(name, index) for name in names]
+            new = self._reduce(own, new)
             if own and own[0] in self.gradients:
                 new = self._add(*(self.gradients[name] for name in own), *new)
             self.gradients.update(zip(own, new, strict=True))
+        return d_BTE
+
+    def _reduce(self, names: Sequence[str], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What is kept of a layer's gradients of one batch: all of them."""
+        return gradients
+
+    def _run_embedding_back(self, batch: Batch, d_BTE: Tensor) -> None:
         if self._embedding_gradient is not None:
             self._embedding_gradient(Tensor(batch.tokens), d_BTE)
 
-    def _run_layer_back(self, d_BTE: Tensor, layer: _Kept) -> tuple[Tensor, tuple[Tensor, ...]]:
-        rotation, biases = self._context[:3], self._context[3:]
-        d_x_BTE, gradients = self._backward(d_BTE, layer.inputs, *rotation, *layer.activations, *biases)
-        return d_x_BTE, gradients
-
     def _build_context(self, batch: Batch) -> tuple[Tensor, ...]:
-        positions_BT = Tensor(batch.positions)
+        positions_BT = Tensor(self._own(batch).positions)
         cos_BT1D, sin_BT1D = self._rope(positions_BT)
-        biases = (Tensor(bias) for bias in attention_biases(batch.segment_ids))
-        return positions_BT, cos_BT1D, sin_BT1D, *biases
+        return positions_BT, cos_BT1D, sin_BT1D, *(Tensor(bias) for bias in self._biases(batch))
+
+    def _own(self, batch: Batch) -> Batch:
+        """What of a batch is computed here: all of it."""
+        return batch
+
+    def _biases(self, batch: Batch) -> list[npt.NDArray[np.float32]]:
+        """What the attention is given to know which token sees which."""
+        return attention_biases(batch.segment_ids)
 
     def _chunks(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         labels_N = np.ascontiguousarray(batch.labels).reshape(-1)

@@ -55,43 +55,77 @@ def label_chunks(
         yield np.pad(chunk, (0, filling)), labels
 
 
+class Vocabulary(nn.Cell):  # type: ignore[misc]
+    """The rows of the output matrix that are here: all of them. A layout that splits them brings its own.
+
+    Attributes:
+        num_parts: into how many equal parts the vocabulary is split.
+    """
+
+    num_parts = 1
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self._log_softmax = ops.LogSoftmax(-1)
+
+    def log_softmax(self, logits_CV: Tensor) -> Tensor:
+        """Log-probabilities, over the whole vocabulary, of the rows that are here."""
+        return self._log_softmax(logits_CV)
+
+    def rows(self, labels_C: Tensor) -> Tensor:
+        """The label's row among those here; any row for labels that are not here."""
+        return ops.maximum(labels_C, ops.zeros_like(labels_C))
+
+    def is_here(self, labels_C: Tensor) -> Tensor:
+        """1.0 for labels whose rows are here, else 0.0."""
+        return ops.ones_like(labels_C).astype(ms.float32)
+
+    def total(self, x_C: Tensor) -> Tensor:
+        """The sum over all parts of the vocabulary."""
+        return x_C
+
+
 class HeadLoss(nn.Cell):  # type: ignore[misc]
     """Loss of one chunk, summed over its labels."""
 
-    def __init__(self, llama: Llama, objective: Objective) -> None:
+    def __init__(self, llama: Llama, objective: Objective, vocabulary: Vocabulary | None = None) -> None:
         super().__init__(auto_prefix=False)
+        self.vocabulary = vocabulary or Vocabulary()
         self.norm = llama.model.norm_out
         head = llama.lm_head
         self.weight: Parameter = llama.model.tok_embeddings.embedding_weight if head is None else head.weight
         self._smoothing, self._z_loss = objective.label_smoothing, objective.z_loss
         self._product = ops.MatMul()
         self._product_tb = ops.MatMul(transpose_b=True)
-        self._log_softmax = ops.LogSoftmax(-1)
 
     def construct(self, x_NE: Tensor, places_C: Tensor, labels_C: Tensor) -> Tensor:
         """Summed loss of the labels."""
         return self.compute(ops.gather(x_NE, places_C, 0), labels_C)[0]
 
     def compute(self, x_CE: Tensor, labels_C: Tensor) -> tuple[Tensor, ...]:
-        """Summed loss, log-probabilities (C, V), normed x (C, E), safe labels, which are valid, and the slope of the
-        z-loss, 1 + 2 z logsumexp, all (C,)."""
+        """Summed loss, log-probabilities (C, V), normed x (C, E), which labels are valid, and the slope of the z-loss,
+        1 + 2 z logsumexp, both (C,)."""
         normed_CE = self.norm(x_CE)
         logits_CV = self._product_tb(normed_CE, self.weight.astype(normed_CE.dtype)).astype(ms.float32)
-        log_p_CV = self._log_softmax(logits_CV)
+        log_p_CV = self.vocabulary.log_softmax(logits_CV)
         valid_C = (labels_C >= 0).astype(ms.float32)
-        safe_C = ops.maximum(labels_C, ops.zeros_like(labels_C))
-        chosen_C = ops.gather_d(log_p_CV, 1, safe_C.reshape(-1, 1)).reshape(-1)
+        chosen_C = self._choose(log_p_CV, labels_C)
         loss_C = -chosen_C * (1.0 - self._smoothing)
         slope_C = ops.ones_like(valid_C)
         if self._smoothing > 0:
-            vocab = log_p_CV.shape[1]
-            mean_C = self._product(log_p_CV, ops.ones((vocab, 1), ms.float32)).reshape(-1) * (1.0 / vocab)
-            loss_C = loss_C - self._smoothing * mean_C
+            vocab = log_p_CV.shape[1] * self.vocabulary.num_parts
+            sum_C = self._product(log_p_CV, ops.ones((log_p_CV.shape[1], 1), ms.float32)).reshape(-1)
+            loss_C = loss_C - self._smoothing * self.vocabulary.total(sum_C) * (1.0 / vocab)
         if self._z_loss > 0:
-            logsumexp_C = ops.gather_d(logits_CV, 1, safe_C.reshape(-1, 1)).reshape(-1) - chosen_C
+            logsumexp_C = self._choose(logits_CV, labels_C) - chosen_C
             loss_C = loss_C + self._z_loss * logsumexp_C * logsumexp_C
             slope_C = 1.0 + 2.0 * self._z_loss * logsumexp_C
-        return (loss_C * valid_C).sum(), log_p_CV, normed_CE, safe_C, valid_C, slope_C
+        return (loss_C * valid_C).sum(), log_p_CV, normed_CE, valid_C, slope_C
+
+    def _choose(self, values_CV: Tensor, labels_C: Tensor) -> Tensor:
+        """The label's own value of every token."""
+        here_C = ops.gather_d(values_CV, 1, self.vocabulary.rows(labels_C).reshape(-1, 1)).reshape(-1)
+        return self.vocabulary.total(here_C * self.vocabulary.is_here(labels_C))
 
 
 class HeadGradient(nn.Cell):  # type: ignore[misc]
@@ -123,10 +157,10 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Summed loss of the labels, and `d_x_NE` with the gradient, times `scale`, of this chunk's tokens added."""
         x_CE = ops.gather(x_NE, places_C, 0)
-        total, log_p_CV, normed_CE, safe_C, valid_C, slope_C = self.loss.compute(x_CE, labels_C)
+        total, log_p_CV, normed_CE, valid_C, slope_C = self.loss.compute(x_CE, labels_C)
         ones_1E = ops.ones((1, x_CE.shape[1]), ms.float32)
         factors_CE = self._product((valid_C * slope_C * scale).reshape(-1, 1), ones_1E)
-        d_logits_CV = self._logit_gradients(log_p_CV, safe_C, slope_C)
+        d_logits_CV = self._logit_gradients(log_p_CV, labels_C, slope_C)
         d_normed_CE = self._product(d_logits_CV, self.loss.weight.astype(ms.float32)) * factors_CE
         if self.trains_norm:
             d_inputs, d_weights = self._norm_gradient(self.loss.norm, self._norm_weights)(x_CE, d_normed_CE)
@@ -140,12 +174,14 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
             d_rows = ops.depend(d_rows, ops.assign_add(self.gradients[0], d_weight))
         return total, ops.tensor_scatter_add(d_x_NE, places_C.reshape(-1, 1), d_rows)
 
-    def _logit_gradients(self, log_p_CV: Tensor, safe_C: Tensor, slope_C: Tensor) -> Tensor:
+    def _logit_gradients(self, log_p_CV: Tensor, labels_C: Tensor, slope_C: Tensor) -> Tensor:
         """Gradient of a label's loss by its logits, over `slope`."""
-        tokens, vocab = log_p_CV.shape
-        places = ops.stack((ops.arange(tokens).astype(ms.int32), safe_C), -1)
+        vocabulary = self.loss.vocabulary
+        tokens, rows = log_p_CV.shape
+        places = ops.stack((ops.arange(tokens).astype(ms.int32), vocabulary.rows(labels_C)), -1)
         smoothing = self.loss._smoothing
-        gradients = ops.tensor_scatter_add(ops.exp(log_p_CV), places, -(1.0 - smoothing) / slope_C)
+        label_C = -(1.0 - smoothing) / slope_C * vocabulary.is_here(labels_C)
+        gradients = ops.tensor_scatter_add(ops.exp(log_p_CV), places, label_C)
         if smoothing > 0:
-            gradients = gradients - (smoothing / vocab / slope_C).reshape(-1, 1)
+            gradients = gradients - (smoothing / (rows * vocabulary.num_parts) / slope_C).reshape(-1, 1)
         return gradients

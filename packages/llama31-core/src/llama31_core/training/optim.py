@@ -7,16 +7,33 @@ layer's weights and moments as in weights.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from llama31_core.training.weights import TrainedWeights, layer_name
+from llama31_core.training.weights import layer_name
 
 MEAN, VARIANCE = "adam_mean.", "adam_variance."
+
+
+class Updatable(Protocol):
+    """What is updated: `TrainedWeights`, or a rank's rows of them."""
+
+    block_parameters: dict[str, Parameter]
+    outer_parameters: dict[str, Parameter]
+    layer_indices: Sequence[int]
+
+    def names(self) -> list[str]: ...
+
+    def is_trained(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def use_layer(self, index: int) -> None: ...
 
 
 class _SquareSum(nn.Cell):  # type: ignore[misc]
@@ -74,7 +91,7 @@ class AdamW:
         num_updates: how many have been made; the bias correction goes by it.
     """
 
-    def __init__(self, weights: TrainedWeights, *, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
+    def __init__(self, weights: Updatable, *, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
         self._weights = weights
         self._beta1, self._beta2, self._eps, self._decay = beta1, beta2, eps, weight_decay
         self.num_updates = 0
@@ -83,7 +100,7 @@ class AdamW:
         for name in self.trained:
             for kind in (MEAN, VARIANCE):
                 self.moments[kind + name] = Tensor(np.zeros(weights.shape(name), np.float32))
-        block = [p for p in weights.block.get_parameters() if p.requires_grad]
+        block = [p for p in weights.block_parameters.values() if p.requires_grad]
         outer = [p for p in weights.outer_parameters.values() if p.requires_grad]
         self._layer = _Update(block, beta1, beta2) if block else None
         self._outer = _Update(outer, beta1, beta2) if outer else None

@@ -61,7 +61,7 @@ class TrainStep:
             return StepResult(0.0, 0.0, 0, is_overflow=False)
         factor = self.loss_scale.value / num_labels
         self._backprop.clear()
-        total = math.fsum(self._backprop.accumulate(batch, factor) for batch in micro_batches)
+        total = self._backprop.accumulate(micro_batches, factor)
         loss = self._reduction.sum_number(total) / num_labels
         gradients = self._reduction.sum_gradients(self._backprop.gradients)
         squares = self._reduction.sum_squares(self._optimizer.square_sum(gradients))

@@ -6,7 +6,7 @@ copies nothing: what the optimiser writes into a parameter is in the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import mindspore as ms
@@ -31,7 +31,7 @@ class TrainedWeights:
         config: the architecture.
         core: builds the layer's attention.
         layers: builds what holds weights; whole layers if None.
-        first_layer, num_layers: the layers that are here, for a stage of a pipeline; all if not given.
+        held: names of the weights that are here, for a stage of a pipeline; all if None.
     """
 
     def __init__(
@@ -40,27 +40,31 @@ class TrainedWeights:
         core: AttentionCore,
         layers: Layers | None = None,
         *,
-        first_layer: int = 0,
-        num_layers: int | None = None,
+        held: Collection[str] | None = None,
     ) -> None:
         self.config = config
-        self.layer_indices = range(first_layer, first_layer + (config.n_layers if num_layers is None else num_layers))
         is_cpu = ms.get_context("device_target") == "CPU"
         with no_init_parameters(), kernels.use("products") if is_cpu else nullcontext():
             self.template = Llama(config.model_copy(update={"n_layers": 1}), core, layers)
         self.block: nn.Cell = self.template.model.layers[0]
-        self._block_parameters: dict[str, Parameter] = {}
+        self.block_parameters: dict[str, Parameter] = {}
         self.outer_parameters: dict[str, Parameter] = {}
         for name, parameter in self.template.parameters_and_names():
-            own = self._block_parameters if name.startswith(_FIRST) else self.outer_parameters
-            own[name] = parameter
+            if name.startswith(_FIRST):
+                self.block_parameters[name] = parameter
+            elif held is None or name in held:
+                self.outer_parameters[name] = parameter
+        first = next(iter(self.block_parameters))
+        self.layer_indices: Sequence[int] = [
+            index for index in range(config.n_layers) if held is None or layer_name(first, index) in held
+        ]
         self.tensors: dict[str, Tensor] = {}
 
     def names(self) -> list[str]:
         """Canonical names of all weights here, the embedding first, in the order of layers."""
         names = [name for name in self.outer_parameters if name.startswith("model.tok_embeddings")]
         for index in self.layer_indices:
-            names += [layer_name(name, index) for name in self._block_parameters]
+            names += [layer_name(name, index) for name in self.block_parameters]
         return names + [name for name in self.outer_parameters if name not in names]
 
     def is_trained(self, name: str) -> bool:
@@ -81,8 +85,14 @@ class TrainedWeights:
 
     def use_layer(self, index: int) -> None:
         """Point the template's layer at the weights of this one."""
-        for name, parameter in self._block_parameters.items():
+        for name, parameter in self.block_parameters.items():
             parameter.set_data(self.tensors[layer_name(name, index)])
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Hold another tensor as this weight."""
+        self.tensors[name] = tensor
+        if name in self.outer_parameters:
+            self.outer_parameters[name].set_data(tensor)
 
     def arrays(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Names and values, for saving."""
@@ -91,7 +101,7 @@ class TrainedWeights:
 
     def _parameter(self, name: str) -> Parameter:
         known: Mapping[str, Parameter] = self.outer_parameters
-        return known[name] if name in known else self._block_parameters[layer_name(name, 0)]
+        return known[name] if name in known else self.block_parameters[layer_name(name, 0)]
 
 
 def layer_name(name: str, index: int) -> str:
