@@ -54,9 +54,9 @@ class Subject:
         """The engine that both sides of the comparison run."""
         if not self.real:
             return EchoEngine(vocab_size=128_256, max_seq_len=131_072, step_s=self.step_s)
-        from llama31_serve.server.core_engine import load_engine
+        from llama31_serve.server.core_engine import load_engine, plan_engine
 
-        return load_engine(self.model_dir, EngineOptions())
+        return load_engine(plan_engine(self.model_dir, EngineOptions()), self.model_dir)
 
 
 def serve(pipe: Connection, subject: Subject) -> None:
