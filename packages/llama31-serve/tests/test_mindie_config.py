@@ -137,7 +137,7 @@ def test_keys_without_effect_are_named_with_the_reason(tmp_path: Path) -> None:
         ("Xyzzy", 1, "unknown key Xyzzy; leave it out"),
         ("BackendConfig.multiNodesInferEnabled", True, "BackendConfig.multiNodesInferEnabled is true"),
         ("BackendConfig.modelInstanceNumber", 2, "start several with `llama31-serve replicas`"),
-        ("BackendConfig.npuDeviceIds", [[0, 1]], "for worldSize 1 it needs one list of so many"),
+        ("BackendConfig.npuDeviceIds", [[0, 1]], "needs modelInstanceNumber (1) lists of worldSize (1) ids"),
         ("BackendConfig.ModelDeployConfig.ModelConfig.0.backendType", "atb", "backendType is 'atb', allowed is 'ms'"),
         ("BackendConfig.ModelDeployConfig.ModelConfig", [], "ModelConfig is []: list should have at least 1 item"),
         ("BackendConfig.ScheduleConfig.maxBatchSize", 0, "ScheduleConfig.maxBatchSize is 0: input should be greater"),
@@ -150,6 +150,17 @@ def test_refused(tmp_path: Path, path: str, value: object, message: str) -> None
         read(tmp_path, changed(path, value))
     assert message in str(error.value)
     assert str(error.value).startswith(f"--config {tmp_path / 'config.json'}: ")
+
+
+def test_one_of_several(tmp_path: Path) -> None:
+    values = changed("BackendConfig.modelInstanceNumber", 2)
+    values["BackendConfig"]["npuDeviceIds"] = [[4], [5]]
+    settings = read(tmp_path, values, replica=1)
+    assert settings.visible_devices == (5,)
+    assert settings.log_file is not None
+    assert settings.log_file.path == tmp_path / "logs" / "mindservice.1.log"
+    with pytest.raises(StartError, match="--replica is 2, BackendConfig"):
+        read(tmp_path, values, replica=2)
 
 
 def test_every_interface_if_that_is_meant(tmp_path: Path) -> None:

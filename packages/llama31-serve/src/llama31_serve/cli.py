@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from llama31_serve import __version__
-from llama31_serve.commands import ask, control, health, start
+from llama31_serve.commands import ask, control, health, replicas, start
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add_arguments, run, text in (
         ("start", start.add_arguments, start.run, "serve a model directory"),
+        ("replicas", replicas.add_arguments, replicas.run, "serve it in several processes, kept going"),
         ("generate", ask.add_generate_arguments, ask.run_generate, "continue a text"),
         ("chat", ask.add_chat_arguments, ask.run_chat, "ask one question, or talk"),
         ("control", control.add_arguments, control.run, "operate a server: info, abort, drain, adapters"),

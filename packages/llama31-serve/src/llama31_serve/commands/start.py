@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, metavar="DIR", help="model directory")
     what.add_argument("--config", type=Path, metavar="JSON", help="MindIE's config.json; the other flags go before it")
+    parser.add_argument("--replica", type=int, metavar="N", help="raise every port by N: one of several (see replicas)")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="gRPC port; 0 takes any free one (default: 50051)")
     parser.add_argument("--model_name", help="name in GetModelInfo (default: the directory's)")

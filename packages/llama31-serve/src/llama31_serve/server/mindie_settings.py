@@ -49,8 +49,12 @@ _NO_EFFECT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def settings_of(config: MindieConfig, path: Path, *, allow_any_address: bool = False) -> Settings:
-    """The settings of a file. Its relative paths begin at its directory, or above it if that is called `conf`.
+def settings_of(
+    config: MindieConfig, path: Path, *, allow_any_address: bool = False, replica: int | None = None
+) -> Settings:
+    """The settings of a file, for a server of its own or for one of modelInstanceNumber processes.
+
+    Its relative paths begin at its directory, or above it if that is called `conf`.
 
     Raises:
         StartError: a value that this server cannot do, named with its key and what to change.
@@ -60,7 +64,7 @@ def settings_of(config: MindieConfig, path: Path, *, allow_any_address: bool = F
     model = deploy.ModelConfig[0]
     base = path.resolve().parent
     base = base.parent if base.name == "conf" else base
-    _refuse(path, config, allow_any_address=allow_any_address)
+    _refuse(path, config, allow_any_address=allow_any_address, replica=replica)
     engine = EngineOptions(
         max_seq_len=deploy.maxSeqLen,
         max_batch_size=schedule.maxBatchSize,
@@ -88,22 +92,25 @@ def settings_of(config: MindieConfig, path: Path, *, allow_any_address: bool = F
         allow_any_address=allow_any_address or server.allowAllZeroIpListening,
     )
     log = config.LogConfig
+    log_path = base / log.logPath
+    if replica is not None:
+        log_path = log_path.with_stem(f"{log_path.stem}.{replica}")
     preempts = schedule.maxPreemptCount > 0
     return Settings(
         model_dir=base / model.modelWeightPath,
         options=options,
         engine=engine,
         host_cache_bytes=max(model.cpuMemSize, 0) * GIB if preempts else 0,
-        visible_devices=tuple(backend.npuDeviceIds[0]),
+        visible_devices=tuple(backend.npuDeviceIds[replica or 0]),
         security=Security(_tls(server, base, "tls")),
         management_security=Security(_tls(server, base, "managementTls")),
         log_level=LOG_LEVELS[log.logLevel.lower()],
-        log_file=LogFile(base / log.logPath, log.logFileSize * 1_000_000, log.logFileNum),
+        log_file=LogFile(log_path, log.logFileSize * 1_000_000, log.logFileNum),
         notes=tuple(_notes(config)),
     )
 
 
-def _refuse(path: Path, config: MindieConfig, *, allow_any_address: bool) -> None:
+def _refuse(path: Path, config: MindieConfig, *, allow_any_address: bool, replica: int | None) -> None:
     server, backend = config.ServerConfig, config.BackendConfig
     model, schedule = backend.ModelDeployConfig.ModelConfig[0], backend.ScheduleConfig
     devices = backend.npuDeviceIds
@@ -125,13 +132,18 @@ def _refuse(path: Path, config: MindieConfig, *, allow_any_address: bool) -> Non
             "BackendConfig.multiNodesInferEnabled is true; one node serves, set it to false",
         ),
         (
-            backend.modelInstanceNumber > 1,
+            replica is None and backend.modelInstanceNumber > 1,
             f"BackendConfig.modelInstanceNumber is {backend.modelInstanceNumber}, a process serves 1; set it to 1 and "
             "start several with `llama31-serve replicas`",
         ),
         (
-            len(devices) != 1 or len(devices[0]) != model.worldSize,
-            f"BackendConfig.npuDeviceIds is {devices}, for worldSize {model.worldSize} it needs one list of so many",
+            len(devices) != backend.modelInstanceNumber or any(len(ids) != model.worldSize for ids in devices),
+            f"BackendConfig.npuDeviceIds is {devices}, needs modelInstanceNumber ({backend.modelInstanceNumber}) lists "
+            f"of worldSize ({model.worldSize}) ids",
+        ),
+        (
+            replica is not None and replica >= backend.modelInstanceNumber,
+            f"--replica is {replica}, BackendConfig.modelInstanceNumber is {backend.modelInstanceNumber}; raise it",
         ),
         (model.backendType != "ms", f"ModelConfig[0].backendType is {model.backendType!r}, allowed is 'ms'"),
         (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llama31_serve.errors import StartError
 
+PORTS = ("port", "control_port", "http_port", "management_port", "metrics_port")
 COUNTS = (
     "max_running",
     "max_per_tenant",
@@ -81,7 +82,7 @@ class ServerOptions:
     model_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("port", "control_port", "http_port", "management_port", "metrics_port"):
+        for name in PORTS:
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise StartError(f"--{name} is {port}, allowed are 0 (any free one) to 65535")

@@ -11,7 +11,7 @@ from llama31_serve.errors import StartError
 from llama31_serve.server.listener import Security
 from llama31_serve.server.mindie_file import load_mindie_config
 from llama31_serve.server.mindie_settings import settings_of
-from llama31_serve.server.options import EngineOptions, ServerOptions
+from llama31_serve.server.options import PORTS, EngineOptions, ServerOptions
 from llama31_serve.server.peer_check import PeerCheck
 from llama31_serve.server.settings import Settings
 from llama31_serve.server.tls import ServerTls
@@ -22,11 +22,14 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     """Raises StartError for what cannot be served."""
     if arguments.config is not None:
         config = load_mindie_config(arguments.config)
-        settings = settings_of(config, arguments.config, allow_any_address=bool(arguments.allow_any_address))
+        any_address = bool(arguments.allow_any_address)
+        settings = settings_of(config, arguments.config, allow_any_address=any_address, replica=arguments.replica)
     else:
         settings = Settings(arguments.model, ServerOptions(model_name=arguments.model.resolve().name))
     engine = replace(settings.engine, **_given(arguments, EngineOptions))
     options = replace(settings.options, engine=engine, **_given(arguments, ServerOptions))
+    if arguments.replica is not None:
+        options = _raised(options, arguments.replica)
     level = arguments.log_level or settings.log_level
     security, management = _security(arguments, settings)
     return replace(
@@ -37,6 +40,14 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         security=security,
         management_security=management,
     )
+
+
+def _raised(options: ServerOptions, by: int) -> ServerOptions:
+    """With every port raised; 0 stays any free one."""
+    if by < 0:
+        raise StartError(f"--replica is {by}, allowed are numbers from 0 up")
+    ports = {name: getattr(options, name) for name in PORTS}
+    return replace(options, **{name: port + by for name, port in ports.items() if port})
 
 
 def _given(arguments: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
