@@ -124,7 +124,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 
 
 def test_ports_are_raised(tmp_path: Path) -> None:
-    flags = (
+    ports = (options.port, options.http_port, options.metrics_port, options.control_port)
+    assert ports == (50053, 0, 1029, None)
         "--model",
         str(tmp_path),
         "--port",
