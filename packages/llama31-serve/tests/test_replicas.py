@@ -124,18 +124,6 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 
 
 def test_ports_are_raised(tmp_path: Path) -> None:
-    ports = (options.port, options.http_port, options.metrics_port, options.control_port)
-    assert ports == (50053, 0, 1029, None)
-        "--model",
-        str(tmp_path),
-        "--port",
-        "50051",
-        "--http_port",
-        "0",
-        "--metrics_port",
-        "1027",
-        "--replica",
-        "2",
-    )
+    flags = f"--model {tmp_path} --port 50051 --http_port 0 --metrics_port 1027 --replica 2".split()
     options = read_settings(build_parser().parse_args(["start", *flags])).options
     assert (options.port, options.http_port, options.metrics_port, options.control_port) == (50053, 0, 1029, None)
