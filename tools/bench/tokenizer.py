@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,21 +52,6 @@ def build_tiktoken(path: Path) -> Any:
     return tiktoken.Encoding(
         "llama3", pat_str=LLAMA3.split, mergeable_ranks=load_tiktoken_bpe(str(path)), special_tokens={}
     )
-
-
-def time_threads(encode: Callable[[str], object], documents: list[str], num_threads: int) -> float:
-    """Seconds until the last of some threads has encoded its share, one document after the other."""
-    seconds: list[float] = []
-
-    def share(number: int) -> None:
-        seconds.append(time_work(lambda: [encode(text) for text in documents[number::num_threads]]))
-
-    threads = [threading.Thread(target=share, args=(number,)) for number in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return max(seconds)
 
 
 def run_rounds(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
@@ -117,11 +101,14 @@ def bench_encoding(ours: Tokenizer, raw: Any, hf: Any, corpora: dict[str, list[s
         single.append((name, f"{mb:.1f}", *(rate(t[key]) for key in (*LIBRARIES, "tokenizers fast", "count")), *gains))
         hf_seconds[name] = statistics.median(t["tokenizers"])
         limits.append(measure_limit(name, raw, documents, statistics.median(t["tiktoken"]), hf_seconds[name]))
-        t = {"one": [], "two": [], "tiktoken": []}
-        for _ in range(rounds):
-            t["one"].append(time_threads(ours.encode, documents, 1))
-            t["two"].append(time_threads(ours.encode, documents, 2))
-            t["tiktoken"].append(time_threads(raw.encode_ordinary, documents, 2))
+        t = run_rounds(
+            {
+                "one": lambda d=documents: ours.encode_batch(d, num_threads=1),  # type: ignore[misc]
+                "two": lambda d=documents: ours.encode_batch(d, num_threads=2),  # type: ignore[misc]
+                "tiktoken": lambda d=documents: raw.encode_ordinary_batch(d, num_threads=2),  # type: ignore[misc]
+            },
+            rounds,
+        )
         gains = [ratio(t["one"], t["two"]), ratio(t["tiktoken"], t["two"])]
         threads.append((name, *(rate(t[key]) for key in ("one", "two", "tiktoken")), *gains))
         t = run_rounds(

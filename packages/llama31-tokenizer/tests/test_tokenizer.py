@@ -120,6 +120,21 @@ def test_offsets_need_the_text_as_it_is_encoded(llama3: Tokenizer, llama3_file: 
         Tokenizer.from_file(llama3_file, compat="mindformers").encode_with_offsets("e\u0301")
 
 
+@pytest.mark.parametrize("name", ["llama3", "smollm2"])
+def test_threads_share_short_and_long_texts(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    texts = [f"line {n} of <|eot_id|> 日本語\n" * (1 + 500 * (n % 400 == 7)) for n in range(12_000)]
+    expected = [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch(texts, num_threads=3) == expected
+    assert tokenizer.count_batch(texts, num_threads=3) == [len(ids) for ids in expected]
+
+
+def test_an_error_in_a_thread_is_the_batch_s(llama3: Tokenizer) -> None:
+    texts = ["plain text " * 20_000] * 4 + ["<|eot_id|>"] + ["plain text " * 20_000] * 4
+    with pytest.raises(TokenizerError, match="eot_id"):
+        llama3.encode_batch(texts, disallowed_special="all", num_threads=3)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, None])
 def test_batch_equals_one_by_one(num_threads: int | None, llama3: Tokenizer) -> None:
     rng = random.Random(1)

@@ -7,5 +7,13 @@ from llama31_tokenizer.stop_strings import StopStringMatcher
 from llama31_tokenizer.stream import StreamDecoder
 from llama31_tokenizer.tokenizer import Tokenizer
 
-__all__ = ["ChatFormat", "EncodedDialog", "Llama31Error", "StopStringMatcher", "StreamDecoder", "Tokenizer", "TokenizerError"]
+__all__ = [
+    "ChatFormat",
+    "EncodedDialog",
+    "Llama31Error",
+    "StopStringMatcher",
+    "StreamDecoder",
+    "Tokenizer",
+    "TokenizerError",
+]
 __version__ = "0.1.0"

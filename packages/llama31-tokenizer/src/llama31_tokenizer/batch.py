@@ -1,12 +1,10 @@
-"""Many texts at once: work shared among threads, and ids as padded arrays with their attention mask."""
+"""Ids of many texts as padded arrays with their attention mask."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +12,6 @@ import numpy.typing as npt
 from llama31_tokenizer.errors import TokenizerError
 
 Side = Literal["left", "right"]
-Result = TypeVar("Result")
-_GROUP_CHARS = 1 << 17  # a thread's share of work: long against the cost of handing it over
 
 
 @dataclass(frozen=True)
@@ -31,34 +27,6 @@ class PaddedBatch:
     input_ids: npt.NDArray[np.int32]
     attention_mask: npt.NDArray[np.int32]
     num_truncated: int
-
-
-def map_texts(work: Callable[[str], Result], texts: Sequence[str], num_threads: int | None) -> list[Result]:
-    """`[work(text) for text in texts]`, in `num_threads` threads (as many as the process has cores, if None).
-
-    tiktoken works without Python's global lock, so threads do run at the same time.
-    """
-    if isinstance(texts, str):
-        raise TokenizerError("texts is one string, expected a list of strings; use encode for one text")
-    threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
-    if threads < 1:
-        raise TokenizerError(f"num_threads is {threads}, expected 1 or more")
-    groups = list(_group(texts))
-    if threads == 1 or len(groups) == 1:
-        return [work(text) for text in texts]
-    with ThreadPoolExecutor(min(threads, len(groups))) as pool:
-        done = pool.map(lambda span: [work(text) for text in texts[span.start : span.stop]], groups)
-        return [result for group in done for result in group]
-
-
-def _group(texts: Sequence[str]) -> Iterator[range]:
-    start = size = 0
-    for index, text in enumerate(texts):
-        size += len(text)
-        if size >= _GROUP_CHARS:
-            yield range(start, index + 1)
-            start, size = index + 1, 0
-    yield range(start, len(texts))
 
 
 def pad_batch(

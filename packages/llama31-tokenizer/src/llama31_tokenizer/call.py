@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama31_tokenizer.batch import Side, map_texts, pad_batch
+from llama31_tokenizer.batch import Side, pad_batch
 from llama31_tokenizer.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def encode_call(
     if max_length is None and (cut or padding == "max_length"):
         raise TokenizerError("truncation and padding='max_length' need max_length, got None")
     texts = [text] if isinstance(text, str) else list(text)
-    rows = map_texts(lambda one: tokenizer.encode(one, allowed_special=allowed_special), texts, num_threads)
+    rows = tokenizer.encode_batch(texts, allowed_special=allowed_special, num_threads=num_threads)
     num_truncated = 0
     for index, row in enumerate(rows):
         if cut and max_length is not None:

@@ -164,14 +164,18 @@ class Tokenizer:
         num_threads: int | None = None,
     ) -> list[list[int]]:
         """`encode` of each text, in threads (as many as the process has cores, unless told otherwise)."""
-        from llama31_tokenizer.batch import map_texts
+        from llama31_tokenizer.threads import encode_texts, map_groups
 
-        def work(text: str) -> list[int]:
-            return self.encode(
-                text, bos=bos, eos=eos, allowed_special=allowed_special, disallowed_special=disallowed_special
-            )
+        if not (allowed_special or disallowed_special):
+            rows = encode_texts(self, texts, num_threads)
+            return [self.with_ends(ids, bos=bos, eos=eos) for ids in rows] if bos or eos else rows
 
-        return map_texts(work, texts, num_threads)
+        def encode_group(group: Sequence[str]) -> list[list[int]]:
+            names = (allowed_special, disallowed_special)
+            rows = (encode_with_special(text, self._codec.encode, self.special_tokens, *names) for text in group)
+            return [self.with_ends(ids, bos=bos, eos=eos) for ids in rows]
+
+        return map_groups(encode_group, texts, num_threads)
 
     def encode_to_numpy(self, text: str, *, bos: bool = False, eos: bool = False) -> npt.NDArray[np.int32]:
         """`encode` as an int32 array (N,)."""
@@ -200,9 +204,9 @@ class Tokenizer:
 
     def count_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[int]:
         """`count` of each text, in threads."""
-        from llama31_tokenizer.batch import map_texts
+        from llama31_tokenizer.threads import count_texts
 
-        return map_texts(self.count, texts, num_threads)
+        return count_texts(self, texts, num_threads)
 
     def __call__(
         self,
