@@ -133,6 +133,9 @@ async def test_asking_commands(serve: Serve, capsys: pytest.CaptureFixture[str])
         assert await output("chat", "Hi", "--max_tokens", "40") == "user\nHi\n"
         assert await output("chat", "Hi", "--max_tokens", "40", "--system", "Be") == "system\nBe\n"
         assert await output("health", "--wait_s", "5") == "SERVING\n"
+        table = await output("bench", "--requests", "6", "--tokens", "5", "--concurrency", "1", "3", "--rate", "500")
+        assert [line.split()[0] for line in table.splitlines()] == ["in", "1", "3"]
+        assert all(len(line.split()) == 9 and float(line.split()[1]) > 0 for line in table.splitlines()[1:])
 
 
 def test_asking_where_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,6 +144,8 @@ def test_asking_where_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         assert "UNAVAILABLE" in complain(capsys, "generate", "x", "--address", address)
         assert "UNAVAILABLE" in complain(capsys, "health", "--address", address)
+        assert "UNAVAILABLE" in complain(capsys, "bench", "--address", address)
+        assert "--requests is 0" in complain(capsys, "bench", "--requests", "0")
 
 
 def test_sigterm_under_load_loses_no_accepted_request(tokenizer_dir: Path) -> None:

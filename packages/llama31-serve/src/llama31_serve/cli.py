@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from llama31_serve import __version__
-from llama31_serve.commands import ask, control, health, replicas, start
+from llama31_serve.commands import ask, bench, control, health, replicas, start
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("replicas", replicas.add_arguments, replicas.run, "serve it in several processes, kept going"),
         ("generate", ask.add_generate_arguments, ask.run_generate, "continue a text"),
         ("chat", ask.add_chat_arguments, ask.run_chat, "ask one question, or talk"),
+        ("bench", bench.add_arguments, bench.run, "put load on a server: throughput and times"),
         ("control", control.add_arguments, control.run, "operate a server: info, abort, drain, adapters"),
         ("health", health.add_arguments, health.run, "exit 0 if the server is serving, 1 if not"),
     ):
