@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +37,8 @@ def write_two(path: Path, ids: list[int], labels: list[int] | None = None, manif
     return write(path, manifest, input_ids=[ids] * 2, labels=[labels or ids] * 2)
 
 
-def open_data(path: Path, batch_size: int = 2, seed: int | None = None, **ranks: int) -> MindRecordDataset:
-    return MindRecordDataset(path, CONFIG, seq_length=8, batch_size=batch_size, seed=seed, num_workers=1, **ranks)
+def open_data(path: Path, batch_size: int = 2, seed: int | None = None, **more: Any) -> MindRecordDataset:
+    return MindRecordDataset(path, CONFIG, seq_length=8, batch_size=batch_size, seed=seed, num_workers=1, **more)
 
 
 def read(path: Path) -> Batch:
@@ -119,6 +121,18 @@ def test_data_made_for_something_else_is_refused(manifest: object, message: str,
     path = write_two(tmp_path / "a.mindrecord", [1] * 9, manifest=manifest)
     with pytest.raises(DatasetError, match=message):
         read(path)
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    for name, used in (("same", digest), ("other", "0" * 64)):
+        path = write_two(tmp_path / f"{name}.mindrecord", [1] * 9, manifest=GOOD | {"tokenizer_sha256": used})
+        if name == "same":
+            open_data(path, tokenizer_dir=tmp_path)
+            continue
+        with pytest.raises(DatasetError, match=r"has sha256 000000000000…, .*tokenizer.json is .*--model_file"):
+            open_data(path, tokenizer_dir=tmp_path)
 
 
 def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path) -> None:

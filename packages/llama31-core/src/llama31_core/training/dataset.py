@@ -7,6 +7,7 @@ one happens here: T tokens predict the T labels that stand one place further on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -26,6 +27,7 @@ from llama31_core.training.batch import IGNORED_LABEL, Batch
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST_SUFFIX = ".manifest.json"
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _COLUMNS = ["input_ids", "labels"]
 _PACKED_COLUMNS = ["segment_ids", "position_ids"]
 
@@ -44,6 +46,7 @@ class MindRecordDataset:
         seed: of the shuffle; None keeps the order of the records.
         num_workers: threads that read.
         rank, num_ranks: of this process among those that share the data; a global batch is `num_ranks` batches.
+        tokenizer_dir: a model directory, whose tokenizer the data must have been made with; None goes unchecked.
 
     Raises:
         DatasetError: nothing there, damaged, made for another model or sequence length, or less than one batch.
@@ -60,10 +63,11 @@ class MindRecordDataset:
         num_workers: int,
         rank: int = 0,
         num_ranks: int = 1,
+        tokenizer_dir: Path | None = None,
     ) -> None:
         self._files = [str(file) for file in find_records(Path(path))]
         manifests = sorted({Path(file).with_name(Path(file).name + _MANIFEST_SUFFIX) for file in self._files})
-        packed = {check_manifest(manifest, config, seq_length) for manifest in manifests}
+        packed = {check_manifest(manifest, config, seq_length, tokenizer_dir) for manifest in manifests}
         if len(packed) > 1:
             raise DatasetError(f"{path} holds packed records and others; train on one kind")
         self._columns = _COLUMNS + (_PACKED_COLUMNS if packed == {True} else [])
@@ -199,7 +203,21 @@ def _reason(error: Exception) -> str:
     return (told or ["no reason given"])[0]
 
 
-def check_manifest(path: Path, config: ModelConfig, seq_length: int) -> bool:
+def read_seq_length(path: Path) -> int:
+    """The tokens of a training sequence of this data, from its manifest.
+
+    Raises:
+        DatasetError: there is no manifest.
+    """
+    file = find_records(path)[0]
+    manifest = file.with_name(file.name + _MANIFEST_SUFFIX)
+    try:
+        return int(json.loads(manifest.read_text(encoding="utf-8"))["seq_length"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{manifest} says no seq_length ({error}); preprocess again with llama31-data") from error
+
+
+def check_manifest(path: Path, config: ModelConfig, seq_length: int, tokenizer_dir: Path | None = None) -> bool:
     """Compare what the data was made for with what is to be trained; gives whether the records are packed.
 
     Raises:
@@ -224,6 +242,7 @@ def check_manifest(path: Path, config: ModelConfig, seq_length: int) -> bool:
             f"{path}: the data's tokenizer has {manifest['vocab_size']} tokens, the model {config.vocab_size}; "
             f"preprocess again with the model's own tokenizer"
         )
+    _check_tokenizer(path, manifest.get("tokenizer_sha256"), tokenizer_dir)
     columns = set(manifest.get("columns", _COLUMNS))
     if columns not in (set(_COLUMNS), set(_COLUMNS + _PACKED_COLUMNS)):
         raise DatasetError(
@@ -236,3 +255,14 @@ def check_manifest(path: Path, config: ModelConfig, seq_length: int) -> bool:
     if eos is not None and config.eos_token_ids and eos not in config.eos_token_ids:
         raise DatasetError(f"{path}: the data has eos id {eos}, the model {config.eos_token_ids}; preprocess again")
     return columns != set(_COLUMNS)
+
+
+def _check_tokenizer(path: Path, used: str | None, tokenizer_dir: Path | None) -> None:
+    files = [tokenizer_dir / name for name in _TOKENIZER_FILES] if tokenizer_dir is not None else []
+    own = {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+    if used is not None and own and used not in own.values():
+        known = ", ".join(f"{file} is {digest[:12]}…" for file, digest in own.items())
+        raise DatasetError(
+            f"{path}: the data's tokenizer has sha256 {used[:12]}…, {known}; preprocess again with "
+            f"--model_file {tokenizer_dir}"
+        )
