@@ -35,16 +35,6 @@ def weights(model_dir: Path, random_weights: Callable[..., Weights]) -> Weights:
     return values
 
 
-@pytest.fixture
-def adapter(model_dir: Path, tmp_path: Path) -> Path:
-    rng = np.random.default_rng(3)
-    stem = "model.layers.0.attention.wq"
-    changes = {f"{stem}.lora_a": rng.normal(size=(2, 16)), f"{stem}.lora_b": rng.normal(size=(16, 2))}
-    files = AdapterFiles(model_dir, ModelConfig.from_pretrained(model_dir), LORA)
-    files.save(tmp_path / "adapter", {name: value.astype(np.float32) for name, value in changes.items()}, 1, {})
-    return tmp_path / "adapter"
-
-
 def torch_log_probs(config: ModelConfig, weights: Weights, ids: list[int]) -> npt.NDArray[np.float32]:
     """(T, V), of what follows each token."""
     model = LlamaForCausalLM(LlamaConfig(**config.to_hf()))

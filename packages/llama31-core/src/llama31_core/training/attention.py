@@ -56,6 +56,11 @@ class BlockwiseAttention(nn.Cell):  # type: ignore[misc]
         self._product_ta = ops.BatchMatMul(transpose_a=True)
         self._softmax = ops.Softmax(-1)
 
+    @staticmethod
+    def context(segment_ids_BT: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
+        """What follows the positions in a call."""
+        return attention_biases(segment_ids_BT)
+
     def construct(
         self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, positions_BT: Tensor, *biases_BCS: Tensor
     ) -> Tensor:

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from llama31_core.training.attention import attention_biases
 from llama31_core.training.batch import Batch
 from llama31_core.training.block import BlockBackward, BlockForward, Recompute
 from llama31_core.training.head import HeadGradient, HeadLoss, Objective, Vocabulary, chunk_size, label_chunks
@@ -209,7 +208,7 @@ class Backprop:
 
     def _biases(self, batch: Batch) -> list[npt.NDArray[np.float32]]:
         """What the attention is given to know which token sees which."""
-        return attention_biases(batch.segment_ids)
+        return self._weights.block.attention.core.context(batch.segment_ids)  # type: ignore[no-any-return]
 
     def _chunks(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         labels_N = np.ascontiguousarray(batch.labels).reshape(-1)
