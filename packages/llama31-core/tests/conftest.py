@@ -91,11 +91,14 @@ def run_file(tmp_path: Path, random_weights: Callable[..., dict[str, npt.NDArray
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
-    """A configuration and a tokenizer of single bytes; weights are never read."""
+    """A model with random weights and a tokenizer of single bytes."""
     path = tmp_path / "model"
     path.mkdir()
     sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 16, "max_seq_len": 512}
-    ModelConfig(vocab_size=258, **sizes).save_pretrained(path)
+    config = ModelConfig(vocab_size=258, **sizes)
+    config.save_pretrained(path)
+    rng = np.random.default_rng(0)
+    save_weights(path, ((n, rng.normal(size=s).astype(np.float32)) for n, s in parameter_shapes(config).items()))
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spelling = {byte: chr(byte) for byte in kept}
     spelling |= {byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in kept)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,15 @@ def test_weights_without_a_configuration_take_the_file_s(
 ) -> None:
     weights = tmp_path / "elsewhere" / "weights.ckpt"
     weights.parent.mkdir()
-    weights.touch()  # it is read when the engine is built
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "n_kv_heads": 1, "vocab_size": 258}
+    shutil.copy(model_dir / "model.safetensors", weights)  # told apart by content
+    sizes = {
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "n_kv_heads": 1,
+        "vocab_size": 258,
+        "intermediate_size": 16,
+    }
     vocabulary = {"vocab_file": str(model_dir / "tokenizer.json")}
     run = write_run(tmp_path / "run.yaml", weights, model_config=sizes, tokenizer=vocabulary)
     assert main(["predict", "--config", str(run), "--prompt", "hello", "--raw"]) == 0

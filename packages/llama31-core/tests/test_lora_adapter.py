@@ -123,18 +123,19 @@ def test_the_digest_is_of_what_the_adapter_computes(build_adapter: AdapterBuilde
 def test_slots_are_given_and_taken_back(build_adapter: AdapterBuilder) -> None:
     slots = Slots()
     table = AdapterTable(CONFIG, slots, max_loras=2, max_lora_rank=4)
-    one, two = table.load("one", build_adapter("a")), table.load("two", build_adapter("b", seed=1))
+    one = table.load("one", read_adapter(build_adapter("a")))
+    two = table.load("two", read_adapter(build_adapter("b", seed=1)))
     assert (one.slot, two.slot) == (1, 2)
     assert table.find("two") == two
     with pytest.raises(ConfigError, match=r"all 2 slots are taken \(one, two\)"):
-        table.load("three", build_adapter("c"))
+        table.load("three", read_adapter(build_adapter("c")))
     with pytest.raises(RequestError, match="used by a running request"):
         table.unload("one", lambda adapter: adapter.name == "one")
     table.unload("one", lambda adapter: False)
     assert slots.changed[1] == set()
     with pytest.raises(RequestError, match=r"adapter 'one' is not loaded; loaded are 'two'"):
         table.find("one")
-    assert table.load("three", build_adapter("d")).slot == 1
+    assert table.load("three", read_adapter(build_adapter("d"))).slot == 1
     assert [adapter.name for adapter in table.loaded] == ["two", "three"]
 
 
@@ -172,6 +173,6 @@ def test_an_adapter_that_does_not_fit_takes_no_slot(
     table = AdapterTable(config, slots, max_loras=1, max_lora_rank=4)
     path = build_adapter("wrong", **settings)
     with pytest.raises(error) as raised:
-        table.load(name, path)
+        table.load(name, read_adapter(path))
     assert message in str(raised.value)
     assert (slots.changed, table.loaded) == ({}, ())

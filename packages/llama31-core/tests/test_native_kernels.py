@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor, nn
 
+from llama31_core import native_support
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.inference.native_llama import NativeLlama
 from llama31_core.kernels.native import NativeKernelsError, load_library, threads
-from llama31_core.kernels.native import library as library_module
 from llama31_core.model import Llama, PagedAttention
 from llama31_core.model.layers import Layers
 
@@ -198,7 +198,7 @@ def test_the_switch_turns_them_off(fresh: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_cpu_without_the_instructions_is_told(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library_module, "_cpu_features", lambda: {"avx512f", "fma"})
+    monkeypatch.setattr(native_support, "_cpu_features", lambda: {"avx512f", "fma"})
     with pytest.raises(NativeKernelsError, match="avx512bw, avx512dq, avx512vl, avx512_bf16"):
         load_library()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llama31_core.kernels import native
-from llama31_core.kernels.native.library import find_compiler
+from llama31_core.native_support import find_compiler
 
 _LOOPS = """
 #include <cstdio>

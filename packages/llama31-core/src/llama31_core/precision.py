@@ -8,6 +8,7 @@ from typing import Literal
 from llama31_core.errors import ConfigError
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class Precision:
 
     param: DtypeName = "float32"
     compute: DtypeName = "float32"
+
+    @property
+    def param_bytes(self) -> int:
+        """Of a weight."""
+        return _BYTES[self.param]
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of a number in the cache."""
+        return _BYTES[self.compute]
 
     @classmethod
     def on(cls, device_target: str, *, param: DtypeName = "bfloat16", compute: DtypeName = "bfloat16") -> Precision:

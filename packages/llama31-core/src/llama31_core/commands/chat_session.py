@@ -12,6 +12,7 @@ from llama31_core.commands.sampling_options import parse_option
 from llama31_core.errors import RequestError
 from llama31_core.inference.engine import Engine
 from llama31_core.inference.sampling_params import SamplingParams
+from llama31_core.lora.table import not_loaded
 
 ONE_ANSWER = ("n", "num_beams")  # parameters that would make several
 
@@ -69,7 +70,7 @@ class ChatSession:
         """
         loaded = [adapter.name for adapter in self.engine.adapters]
         if name is not None and name not in loaded:
-            raise RequestError(f"adapter {name!r} is not loaded; loaded are {', '.join(loaded) or 'none'}")
+            raise not_loaded(name, loaded)
         self.adapter = name
 
     def answer(self, text: str, is_stopped: Callable[[], bool]) -> Iterator[str]:

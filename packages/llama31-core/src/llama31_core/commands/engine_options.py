@@ -8,13 +8,12 @@ from pathlib import Path
 
 from llama31_core.commands.interrupts import importing_mindspore
 from llama31_core.commands.model_source import ModelSource
-from llama31_core.config import ModelConfig
-from llama31_core.errors import ConfigError, RequestError
+from llama31_core.errors import ConfigError
 from llama31_core.inference.engine import Engine
 from llama31_core.inference.engine_plan import EnginePlan
 from llama31_core.inference.options import EngineOptions
 from llama31_core.lora.adapter import Adapter, read_adapter
-from llama31_core.lora.table import adaptable_shapes, check_fits
+from llama31_core.lora.table import adaptable_shapes, check_fits, not_loaded
 from llama31_tokenizer import Tokenizer
 
 _FLAGS = {
@@ -37,14 +36,14 @@ class EngineSetup:
         plan: sizes and limits.
         weights: model directory or weight file.
         tokenizer: the model's.
-        adapters: name -> directory of those to load.
+        adapters: those to load, by name.
         draft_model_dir: guesses tokens.
     """
 
     plan: EnginePlan
     weights: Path
     tokenizer: Tokenizer
-    adapters: dict[str, Path]
+    adapters: dict[str, Adapter]
     draft_model_dir: Path | None = None
 
     def check_adapter(self, name: str | None) -> None:
@@ -54,16 +53,15 @@ class EngineSetup:
             RequestError: it is not.
         """
         if name is not None and name not in self.adapters:
-            known = ", ".join(map(repr, self.adapters)) or "none"
-            raise RequestError(f"adapter {name!r} is not loaded; loaded are {known}; give --lora {name}=DIR")
+            raise not_loaded(name, self.adapters)
 
     def build(self) -> Engine:
         """Import MindSpore, read the weights and load the adapters."""
         with importing_mindspore():
             import mindspore  # noqa: F401  here, so that an interruption cannot leave it half imported
         engine = Engine.from_plan(self.plan, self.weights, draft_model_dir=self.draft_model_dir)
-        for name, directory in self.adapters.items():
-            engine.load_adapter(name, directory)
+        for name, adapter in self.adapters.items():
+            engine.load_adapter(name, adapter)
         return engine
 
 
@@ -85,26 +83,22 @@ def plan_engine(arguments: argparse.Namespace, source: ModelSource, **more: int)
         Llama31Error: sizes that do not fit each other or the memory, a draft model or an adapter that does not fit.
     """
     given = {name: getattr(arguments, name) for name in _FLAGS if getattr(arguments, name) is not None}
-    adapters = dict(arguments.lora)
-    if len(adapters) < len(arguments.lora):
+    directories = dict(arguments.lora)
+    if len(directories) < len(arguments.lora):
         raise ConfigError("--lora gives one name to two adapters; give each its own")
-    loaded = [read_adapter(path) for path in adapters.values()]
-    slots = {"max_loras": len(loaded), "max_lora_rank": max(adapter.rank for adapter in loaded)} if loaded else {}
+    adapters = {name: read_adapter(directory) for name, directory in directories.items()}
+    slots = {"max_loras": len(adapters), "max_lora_rank": max(a.rank for a in adapters.values())} if adapters else {}
     if "cache_memory_bytes" in given:
         more.pop("num_blocks", None)  # both say how large the cache is
     options = EngineOptions(**{**more, **slots, **given})
-    plan = EnginePlan.make(source.config, options)
-    _check_adapters(loaded, source.config, options)
+    for adapter in adapters.values():
+        check_fits(adapter, adaptable_shapes(source.config), options.max_lora_rank)
+    plan = EnginePlan.for_weights(source.config, options, source.weights, source.precision)
     if arguments.draft_model is not None:
-        plan.for_draft(ModelConfig.from_pretrained(arguments.draft_model))
+        plan.for_draft(arguments.draft_model)
     setup = EngineSetup(plan, source.weights, source.tokenizer, adapters, arguments.draft_model)
     setup.check_adapter(arguments.adapter)
     return setup
-
-
-def _check_adapters(adapters: list[Adapter], config: ModelConfig, options: EngineOptions) -> None:
-    for adapter in adapters:
-        check_fits(adapter, adaptable_shapes(config), options.max_lora_rank)
 
 
 def _as_lora(text: str) -> tuple[str, Path]:

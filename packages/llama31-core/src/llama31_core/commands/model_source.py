@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llama31_core.config import ModelConfig
+from llama31_core.device import device_target
 from llama31_core.errors import ConfigError
 from llama31_core.parallel.mesh import ParallelConfig
+from llama31_core.precision import Precision
 from llama31_core.run_config import PredictConfig, load_predict_config
 from llama31_tokenizer import Tokenizer
 
@@ -28,6 +30,7 @@ class ModelSource:
         max_length: tokens of prompt and answer together (`max_decode_length`); None without a run file.
         seed: of what is drawn at random.
         add_bos_token: raw prompts begin with bos.
+        precision: number types on Ascend; None without a run file.
     """
 
     config: ModelConfig
@@ -38,6 +41,7 @@ class ModelSource:
     max_length: int | None = None
     seed: int | None = None
     add_bos_token: bool = False
+    precision: Precision | None = None
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +95,7 @@ def source_of_run(run: PredictConfig, source: str, weights: Path | None = None) 
         min(section.seq_length, section.max_decode_length),
         run.seed,
         run.add_bos_token,
+        section.precision(device_target()),
     )
 
 

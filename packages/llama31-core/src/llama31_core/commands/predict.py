@@ -105,7 +105,10 @@ def predict_file(
 
     reader = RecordReader(encoder, defaults, arguments.adapter, stop_strings(arguments.stop), check)
     described: dict[str, Any] = {"config": setup.plan.config.model_dump(), "weights": str(setup.weights.resolve())}
-    described |= {"sampling": repr(sorted(defaults.items())), "adapters": repr(setup.adapters)}
+    described |= {
+        "sampling": repr(sorted(defaults.items())),
+        "adapters": {name: a.digest.hex() for name, a in setup.adapters.items()},
+    }
     described |= {name: repr(getattr(arguments, name)) for name in ("raw", "system", "adapter", "stop")}
     described["add_bos_token"] = repr(encoder.add_bos_token)
     described["max_seq_len"] = setup.plan.cache.max_seq_len

@@ -12,9 +12,11 @@ from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.inference.options import EngineOptions
 from llama31_core.lora.table import adapter_slots_bytes
+from llama31_core.precision import Precision
 
 DEFAULT_CACHE_BYTES = 1 << 30
 _MAX_DEFAULT_CONTEXTS = 16
+_FLOAT32 = Precision()
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -45,20 +47,24 @@ class CachePlan:
 
 
 def plan_cache(
-    config: ModelConfig, options: EngineOptions, *, bytes_per_number: int = 4, available_bytes: int | None = None
+    config: ModelConfig,
+    options: EngineOptions,
+    *,
+    precision: Precision = _FLOAT32,
+    available_bytes: int | None = None,
 ) -> CachePlan:
     """Size the cache.
 
     Args:
         config: the model.
         options: the wanted sizes.
-        bytes_per_number: of weights and cache: 4 for float32.
+        precision: number types of weights and cache.
         available_bytes: memory that weights and caches must fit into; None does not check it.
 
     Raises:
         ConfigError: a cache too small for `max_seq_len` or for one block, or more than there is memory for.
     """
-    block_bytes = block_size_bytes(config, options.block_size, bytes_per_number)
+    block_bytes = block_size_bytes(config, options.block_size, precision.compute_bytes)
     num_blocks = options.num_blocks
     if num_blocks is None:
         budget = options.cache_memory_bytes or DEFAULT_CACHE_BYTES
@@ -76,16 +82,16 @@ def plan_cache(
         num_blocks,
         options.num_host_blocks,
         block_bytes,
-        config.num_parameters * bytes_per_number
-        + adapter_slots_bytes(config, options.max_loras, options.max_lora_rank, bytes_per_number),
+        config.num_parameters * precision.param_bytes
+        + adapter_slots_bytes(config, options.max_loras, options.max_lora_rank, precision.param_bytes),
         largest_request(config, options.max_seq_len, num_blocks, options.block_size, block_bytes),
     )
     if available_bytes is not None and plan.total_bytes > available_bytes:
         raise ConfigError(
-            f"the model needs {_gib(plan.total_bytes)}: {_gib(plan.weight_bytes)} of weights, "
-            f"{_gib(num_blocks * block_bytes)} of cache (num_blocks={num_blocks}) and "
-            f"{_gib(plan.num_host_blocks * block_bytes)} of host cache (num_host_blocks={plan.num_host_blocks}), but "
-            f"{_gib(available_bytes)} are free; lower cache_memory_bytes, num_blocks or num_host_blocks, take a "
+            f"the model needs {gib(plan.total_bytes)}: {gib(plan.weight_bytes)} of weights in {precision.param}, "
+            f"{gib(num_blocks * block_bytes)} of cache (num_blocks={num_blocks}) and "
+            f"{gib(plan.num_host_blocks * block_bytes)} of host cache (num_host_blocks={plan.num_host_blocks}), but "
+            f"{gib(available_bytes)} are free; lower cache_memory_bytes, num_blocks or num_host_blocks, take a "
             f"smaller model or a machine with more memory"
         )
     return plan
@@ -135,5 +141,6 @@ def available_memory_bytes() -> int | None:
     return min(free, default=None)
 
 
-def _gib(size_bytes: int) -> str:
+def gib(size_bytes: int) -> str:
+    """A size for people."""
     return f"{size_bytes / (1 << 30):.2f} GiB"

@@ -102,8 +102,7 @@ class Engine:
         Args:
             model_dir: holds config.json and the weights.
             options: all sizes and limits.
-            max_seq_len, num_blocks, block_size, max_batch_size, max_prefill_tokens: those of EngineOptions that are most
-                often given, for use without `options`.
+            max_seq_len, num_blocks, block_size, max_batch_size, max_prefill_tokens: for use without `options`.
             draft_model_dir: a smaller model of the same vocabulary, to guess tokens; prompt lookup if None.
 
         Raises:
@@ -150,8 +149,11 @@ class Engine:
         return self._adapters.loaded
 
     def load_adapter(self, name: str, adapter: str | Path | Adapter) -> LoadedAdapter:
-        """Load a LoRA adapter, a directory in PEFT's form or what `read_adapter` gave of one, beside the model; requests
-        choose it by its name. Compiles nothing.
+        """Load a LoRA adapter beside the model; requests choose it by its name. Compiles nothing.
+
+        Args:
+            name: what requests call it.
+            adapter: a directory in PEFT's form, or what `read_adapter` gave of one.
 
         Raises:
             ConfigError: the name is taken, or `max_loras` adapters are loaded.

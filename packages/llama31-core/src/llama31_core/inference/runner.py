@@ -28,6 +28,7 @@ from llama31_core.lora.layers import LoraLayers, is_adapter_parameter
 from llama31_core.lora.table import BASE_SLOT
 from llama31_core.model import Llama, PagedAttention
 from llama31_core.model.layers import Layers
+from llama31_core.precision import Precision
 
 _LOG = logging.getLogger(__name__)
 _Ints = npt.NDArray[np.int32]
@@ -86,29 +87,29 @@ class GraphRunner:
 
     @classmethod
     def from_pretrained(
-        cls, model_dir: Path, config: ModelConfig, plan: CachePlan, options: EngineOptions | None = None
+        cls, model_dir: Path, config: ModelConfig, plan: CachePlan, options: EngineOptions, precision: Precision
     ) -> GraphRunner:
-        """The model of a model directory.
+        """The model of a model directory or weight file.
 
-        The native kernels run it where they can, with bfloat16 weights as they are; the portable ones, which serve any
-        CPU and adapters, take the weights as float32. `options` say whether there are slots for adapters.
+        Where everything is computed in float32, which a CPU does, the native kernels run it if they can; the portable
+        ones, which serve any CPU and adapters, take float32 weights alone. `options` say whether there are slots for
+        adapters.
         """
-        weights = open_weights(model_dir)
-        check_weights(weights, config)
+        native = precision.compute == "float32" and not options.max_loras and native_kernels_here()
+        if precision.compute == "float32" and not native:
+            precision = Precision()
+        param, compute = (getattr(ms, name) for name in (precision.param, precision.compute))
         lora = None
-        if options is not None and options.max_loras:
-            lora = LoraLayers(options.max_loras, options.max_lora_rank, options.max_batch_size)
-        native = lora is None and native_kernels_here()
-        matrices = {weights.dtype(name) for name in weights.names() if "norm" not in name}
-        layers = lora or Layers(ms.bfloat16 if native and matrices == {"bfloat16"} else ms.float32)
+        if options.max_loras:
+            lora = LoraLayers(options.max_loras, options.max_lora_rank, options.max_batch_size, param)
         with no_init_parameters():
-            llama = Llama(config, lambda: PagedAttention(config, plan.num_blocks, plan.block_size), layers)
-        for name, parameter in llama.parameters_and_names():
-            if name.endswith("_cache"):
-                parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
-            elif not is_adapter_parameter(name):
-                values = Tensor.from_numpy(weights.read(name).astype(np.float32))
-                parameter.set_data(values.astype(parameter.dtype))
+            llama = Llama(
+                config,
+                lambda: PagedAttention(config, plan.num_blocks, plan.block_size, compute),
+                lora or Layers(param),
+                compute,
+            )
+        load_parameters(llama, model_dir, config)
         return cls(llama, plan.num_blocks, plan.block_size, plan.num_host_blocks, lora, native)
 
     def move_blocks(self, moves: list[BlockMove]) -> None:
@@ -137,6 +138,18 @@ class GraphRunner:
         slots_BT = np.take_along_axis(tables_BM, positions_BT // self.block_size, axis=1) * self.block_size
         slots_BT += positions_BT % self.block_size
         return tokens_BT, positions_BT, slots_BT, tables_BM
+
+
+def load_parameters(llama: Llama, path: Path, config: ModelConfig) -> None:
+    """Give a model, built without values, the weights of a checkpoint in its own types; caches are cleared."""
+    with open_weights(path) as weights:
+        check_weights(weights, config)
+        for name, parameter in llama.parameters_and_names():
+            if name.endswith("_cache"):
+                parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)).astype(parameter.dtype))
+            elif not is_adapter_parameter(name):
+                values = Tensor.from_numpy(weights.read(name).astype(np.float32))
+                parameter.set_data(values.astype(parameter.dtype))
 
 
 def native_kernels_here() -> bool:

@@ -6,7 +6,7 @@ while a request uses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,7 @@ from llama31_core.checkpoint.names import split_layer
 from llama31_core.checkpoint.shapes import parameter_shapes
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError, ConfigError, RequestError
-from llama31_core.lora.adapter import Adapter, LowRank, read_adapter
+from llama31_core.lora.adapter import Adapter, LowRank
 
 # The projections that an adapter may change, as the layout table and `Layers.linear` call them.
 MODULES = (
@@ -73,12 +73,12 @@ class AdapterTable:
         """In the order of loading."""
         return tuple(self._loaded.values())
 
-    def load(self, name: str, directory: str | Path) -> LoadedAdapter:
-        """Read an adapter and give it a slot.
+    def load(self, name: str, adapter: Adapter) -> LoadedAdapter:
+        """Give an adapter a slot.
 
         Raises:
             ConfigError: the name is taken or empty, or all slots are.
-            CheckpointError: no adapter, or one that does not fit the model or the slots.
+            CheckpointError: it does not fit the model or the slots.
         """
         if not name:
             raise ConfigError("an adapter's name is empty; give one")
@@ -87,7 +87,6 @@ class AdapterTable:
         if self._store is None or not self._free:
             loaded = ", ".join(self._loaded) or "none"
             raise ConfigError(f"all {self.max_loras} slots are taken ({loaded}); unload one, or raise max_loras")
-        adapter = read_adapter(directory)
         check_fits(adapter, self._shapes, self._max_rank)
         self._store.write(self._free[-1], adapter.changes)
         loaded_adapter = LoadedAdapter(name, self._free.pop(), adapter.source, adapter.digest)
@@ -116,9 +115,15 @@ class AdapterTable:
         """
         adapter = self._loaded.get(name)
         if adapter is None:
-            loaded = ", ".join(map(repr, self._loaded)) or "none"
-            raise RequestError(f"adapter {name!r} is not loaded; loaded are {loaded}")
+            raise not_loaded(name, self._loaded)
         return adapter
+
+
+def not_loaded(name: str, loaded: Iterable[str]) -> RequestError:
+    """What is said of a request for an adapter that is not there."""
+    return RequestError(
+        f"adapter {name!r} is not loaded; loaded are {', '.join(map(repr, loaded)) or 'none'}; load it first"
+    )
 
 
 def adapter_slots_bytes(config: ModelConfig, max_loras: int, max_lora_rank: int, bytes_per_number: int = 4) -> int:

@@ -153,11 +153,11 @@ def describe(model_dir: Path) -> tuple[str, str | None]:
     return "npu" if ASCEND.exists() else "cpu", None if dtype is None else str(dtype)
 
 
-def plan_engine(model_dir: Path, options: EngineOptions) -> EnginePlan:
-    """What `load_engine` would build, from config.json alone. Raises llama31_core's errors for what cannot work."""
+def plan_engine(model_dir: Path, weights: Path, options: EngineOptions) -> EnginePlan:
+    """What `load_engine` would build; no weights are read yet. Raises llama31_core's errors for what cannot work."""
     chosen = {field.name: getattr(options, field.name) for field in fields(options)}
     sizes = CoreOptions(**{name: value for name, value in chosen.items() if value is not None})
-    return EnginePlan.make(ModelConfig.from_pretrained(model_dir), sizes)
+    return EnginePlan.for_weights(ModelConfig.from_pretrained(model_dir), sizes, weights)
 
 
 def load_engine(plan: EnginePlan, weights: Path) -> CoreEngine:

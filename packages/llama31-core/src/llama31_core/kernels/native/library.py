@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -16,18 +15,10 @@ from pathlib import Path
 
 from llama31_core.errors import Llama31Error
 from llama31_core.kernels.native.threads import num_threads
+from llama31_core.native_support import FEATURES, find_compiler, what_is_missing
 
 _SOURCES = Path(__file__).parent
-# The instructions that the kernels are written in; /proc/cpuinfo's names and the compiler's.
-_FEATURES = {
-    "avx512f": "-mavx512f",
-    "avx512bw": "-mavx512bw",
-    "avx512dq": "-mavx512dq",
-    "avx512vl": "-mavx512vl",
-    "avx512_bf16": "-mavx512bf16",
-    "fma": "-mfma",
-}
-_OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", *_FEATURES.values())
+_OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", *FEATURES.values())
 _COMPILE_LIMIT_S = 120
 
 
@@ -44,32 +35,14 @@ def load_library() -> Path:
         NativeKernelsError: switched off by LLAMA31_NATIVE_KERNELS=0, or the CPU lacks an instruction, or there is
             no C++ compiler, or it failed.
     """
-    if os.environ.get("LLAMA31_NATIVE_KERNELS") == "0":
-        raise NativeKernelsError("LLAMA31_NATIVE_KERNELS=0 switches the native kernels off")
-    missing = [name for name in _FEATURES if name not in _cpu_features()]
-    if missing:
-        raise NativeKernelsError(f"the native kernels need a CPU with {', '.join(missing)}")
-    compiler = find_compiler()
-    if compiler is None:
-        raise NativeKernelsError("the native kernels need g++ or clang++ once, to be compiled; install one")
+    reason, compiler = what_is_missing(), find_compiler()
+    if reason is not None or compiler is None:
+        raise NativeKernelsError(reason)
     library = _cache_directory() / _fingerprint(compiler) / "libllama31_kernels.so"
     if not library.exists():
         _compile(compiler, library)
     ctypes.CDLL(str(library)).Llama31SetNumThreads(num_threads())
     return library
-
-
-def find_compiler() -> str | None:
-    """The C++ compiler: $CXX, or g++ or clang++ on the PATH."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-
-
-def _cpu_features() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _cache_directory() -> Path:
@@ -88,7 +61,7 @@ def _compile(compiler: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         built = Path(directory) / library.name
-        command = [compiler, *_OPTIONS, "-o", str(built), *map(str, sorted(_SOURCES.glob("*.cc")))]
+        command = [compiler, *_OPTIONS, "-o", str(built), str(_SOURCES / "operators.cc")]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_LIMIT_S)
         except subprocess.CalledProcessError as error:

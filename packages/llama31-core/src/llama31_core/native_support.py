@@ -1,0 +1,42 @@
+"""What the native CPU kernels (`kernels/native`) need of a machine. It is asked before MindSpore is imported, too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+# The instructions that the kernels are written in; /proc/cpuinfo's names and the compiler's.
+FEATURES = {
+    "avx512f": "-mavx512f",
+    "avx512bw": "-mavx512bw",
+    "avx512dq": "-mavx512dq",
+    "avx512vl": "-mavx512vl",
+    "avx512_bf16": "-mavx512bf16",
+    "fma": "-mfma",
+}
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: CXX, or g++, or clang++."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def what_is_missing() -> str | None:
+    """Why the kernels cannot run here, in one sentence; None if they can."""
+    if os.environ.get("LLAMA31_NATIVE_KERNELS") == "0":
+        return "LLAMA31_NATIVE_KERNELS=0 switches the native kernels off"
+    missing = [name for name in FEATURES if name not in _cpu_features()]
+    if missing:
+        return f"the native kernels need a CPU with {', '.join(missing)}"
+    if find_compiler() is None:
+        return "the native kernels need g++ or clang++ once, to be compiled; install one"
+    return None
+
+
+def _cpu_features() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
