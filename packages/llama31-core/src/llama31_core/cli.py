@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 
 from llama31_core import __version__
-from llama31_core.commands import chat, eval, finetune, interrupts, plot, predict
+from llama31_core.commands import chat, eval, finetune, interrupts, plan, plot, predict
 from llama31_core.errors import Llama31Error
 from llama31_tokenizer.errors import Llama31Error as TokenizerSideError
 
-_COMMANDS = (predict, chat, finetune, eval, plot)
+_COMMANDS = (predict, chat, finetune, eval, plan, plot)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

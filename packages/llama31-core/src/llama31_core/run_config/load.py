@@ -34,6 +34,14 @@ def load_predict_config(path: str | Path, overrides: Sequence[str] = ()) -> Pred
     return _validated(PredictConfig, _read(path, overrides), PREDICT_DEAD_KEYS, str(path))
 
 
+def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | PredictConfig:
+    """The same for a YAML file of either kind: `run_mode` says which."""
+    values = _read(path, overrides)
+    if values.get("run_mode") == "predict":
+        return _validated(PredictConfig, values, PREDICT_DEAD_KEYS, str(path))
+    return _validated(RunConfig, values, TRAINING_DEAD_KEYS, str(path))
+
+
 def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     source = str(path)
     try:

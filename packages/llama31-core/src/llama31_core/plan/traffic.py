@@ -1,0 +1,118 @@
+"""What ranks send each other in a step: sizes in, bytes and numbers of collectives by axis of the mesh out.
+
+A collective over n ranks of a tensor of S bytes sends (n - 1) / n * S from every rank if it gathers or scatters, twice
+that if it sums for all (rings: Patarasuk and Yuan 2009).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama31_core.plan.counts import count_numbers, stage_rank
+from llama31_core.plan.hardware import Device
+from llama31_core.plan.workload import NumberBytes, TrainWorkload
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one axis.
+
+    Attributes:
+        axis: of the mesh, or what of it: sp is tp with sequence parallelism, zero is dp with a split optimiser.
+        what: is sent.
+        bytes_per_step: that a rank sends.
+        count: collectives of a step.
+        seconds: that they take, if nothing else goes on meanwhile.
+        is_per_micro_batch: they wait within a micro-batch; others come once a step.
+    """
+
+    axis: str
+    what: str
+    bytes_per_step: float
+    count: int
+    seconds: float
+    is_per_micro_batch: bool
+
+
+def step_traffic(work: TrainWorkload, device: Device, stage: int) -> list[Traffic]:
+    """Of a rank of a pipeline stage."""
+    number = NumberBytes.on(device, work.param_type, work.compute_type)
+    found = [
+        _within_layers(work, device, number, stage),
+        _ring(work, device, number, stage),
+        _between_stages(work, device, number, stage),
+        *_over_replicas(work, device, number, stage),
+    ]
+    return [traffic for traffic in found if traffic is not None and traffic.count]
+
+
+def _within_layers(work: TrainWorkload, device: Device, number: NumberBytes, stage: int) -> Traffic | None:
+    """Two sums a layer forward, two backward, one more if whole layers are computed again; with sequence parallelism
+    each is a gather and a scatter, and the gathered inputs are gathered again for the weights' gradients."""
+    parallel = work.parallel
+    if parallel.tp == 1:
+        return None
+    size = work.tokens * work.config.dim * number.activations
+    layers = len(parallel.stage_layers(work.config)[stage])
+    ends = (parallel.vocab_parallel and stage == 0) + (stage == parallel.pp - 1)  # embedding; the head's input gradient
+    sums = layers * (4 + (work.recompute == "full")) + ends
+    halves = 2 * sums + (2 * layers if parallel.sequence_parallel else 0)
+    sent = halves * (parallel.tp - 1) / parallel.tp * size * work.micro_batches
+    count = (halves if parallel.sequence_parallel else sums) * work.micro_batches
+    axis, what = ("sp", "gathers and scatters in layers") if parallel.sequence_parallel else ("tp", "sums in layers")
+    group = parallel.group("tp", stage_rank(parallel, stage))
+    return Traffic(axis, what, sent, count, _seconds(device, group, sent, count), True)
+
+
+def _ring(work: TrainWorkload, device: Device, number: NumberBytes, stage: int) -> Traffic | None:
+    """Keys and values go round once forward, and once more with their gradients backward."""
+    parallel, config = work.parallel, work.config
+    if parallel.cp == 1:
+        return None
+    heads = max(1, config.n_kv_heads // parallel.tp)
+    size = 2 * work.tokens * heads * config.head_dim * number.activations
+    layers = len(parallel.stage_layers(config)[stage])
+    rounds = 3 + (work.recompute == "full")
+    count = layers * rounds * (parallel.cp - 1) * work.micro_batches
+    group = parallel.group("cp", stage_rank(parallel, stage))
+    sent = float(count * size)
+    return Traffic("cp", "keys and values round the ring", sent, count, _seconds(device, group[:2], sent, count), True)
+
+
+def _between_stages(work: TrainWorkload, device: Device, number: NumberBytes, stage: int) -> Traffic | None:
+    parallel = work.parallel
+    if parallel.pp == 1:
+        return None
+    parts = parallel.tp if parallel.sequence_parallel else 1
+    size = work.tokens * work.config.dim * number.activations // parts
+    last = parallel.pp - 1
+    crossings = 2 * parallel.interleave - (stage == 0) - (stage == last)
+    count = crossings * work.micro_batches
+    rank = stage_rank(parallel, stage)
+    neighbour = stage_rank(parallel, stage + 1 if stage < last else stage - 1)
+    sent = float(count * size)
+    seconds = _seconds(device, [rank, neighbour], sent, count)
+    return Traffic("pp", "hidden states and their gradients", sent, count, seconds, True)
+
+
+def _over_replicas(work: TrainWorkload, device: Device, number: NumberBytes, stage: int) -> list[Traffic | None]:
+    """Gradients are summed over dp and cp; with a split optimiser they are scattered and the weights gathered."""
+    parallel = work.parallel
+    ranks = parallel.dp * parallel.cp
+    if ranks == 1:
+        return []
+    rank = stage_rank(parallel, stage)
+    group = sorted({r for d in parallel.group("dp", rank) for r in parallel.group("cp", d)})
+    share = (ranks - 1) / ranks * count_numbers(work.config, parallel, stage).all
+    if not parallel.shard_optimizer or parallel.dp == 1:
+        sent = 2 * share * number.weights
+        return [Traffic("dp", "sums of gradients", sent, 1, _seconds(device, group, sent, 1), False)]
+    sent = share * number.weights
+    return [
+        Traffic("dp", "scatters of gradients", sent, 1, _seconds(device, group, sent, 1), False),
+        Traffic("zero", "gathers of weights", sent, 1, _seconds(device, group, sent, 1), False),
+    ]
+
+
+def _seconds(device: Device, group: list[int], sent_bytes: float, count: int) -> float:
+    return sent_bytes / device.bandwidth(group) + count * device.collective_latency_s

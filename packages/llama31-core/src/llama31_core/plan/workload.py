@@ -1,0 +1,162 @@
+"""What is planned: a run file in, the sizes that memory, traffic and time follow from out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llama31_core.config import ModelConfig
+from llama31_core.errors import ConfigError
+from llama31_core.parallel.mesh import ParallelConfig
+from llama31_core.plan.hardware import Device
+from llama31_core.run_config import PredictConfig, RunConfig
+
+RecomputePolicy = Literal["none", "select", "full"]
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class NumberBytes:
+    """Bytes of a number in matrices, in what flows between layers (and its gradients), and in both moments together.
+
+    Gradients have their weight's type. AdamW's two moments are float32, and there is no further copy of the weights.
+    """
+
+    weights: int
+    activations: int
+    moments: int = 8
+
+    @classmethod
+    def on(cls, device: Device, param: str, compute: str) -> NumberBytes:
+        """What a device computes in when a run file asks for these types: a CPU in float32, whatever it says."""
+        return cls(_BYTES[param], _BYTES[compute]) if device.is_fused else cls(4, 4)
+
+
+@dataclass(frozen=True)
+class TrainWorkload:
+    """A step of training.
+
+    Attributes:
+        seq_length: tokens of a sequence.
+        batch_size: sequences of a micro-batch of one data parallel replica.
+        micro_batches: of a step and replica.
+        recompute: what the backward pass computes again.
+        has_average: a moving average of the weights is kept.
+    """
+
+    config: ModelConfig
+    parallel: ParallelConfig
+    seq_length: int
+    batch_size: int
+    micro_batches: int
+    recompute: RecomputePolicy
+    param_type: str = "bfloat16"
+    compute_type: str = "bfloat16"
+    has_average: bool = False
+
+    @classmethod
+    def of(cls, run: RunConfig, source: str) -> TrainWorkload:
+        """That of a run file.
+
+        Raises:
+            ConfigError: the model does not divide over the mesh, or the run trains no whole weights.
+        """
+        section = run.model_section
+        if section.pet_config is not None:
+            raise ConfigError(
+                f"{source}: model.model_config.pet_config is set, plan counts the training of all weights"
+            )
+        config = section.architecture(source)
+        recompute: RecomputePolicy = "select" if run.recompute_config.select_recompute else "none"
+        micro_batches = run.runner_config.gradient_accumulation_steps
+        if run.use_parallel:
+            micro_batches *= run.parallel_config.micro_batch_num
+        workload = cls(
+            config,
+            run.parallel,
+            section.seq_length,
+            run.runner_config.batch_size,
+            micro_batches,
+            "full" if run.recompute_config.recompute else recompute,
+            section.param_init_type,
+            section.compute_dtype,
+            run.runner_wrapper.ema_decay is not None,
+        )
+        workload.check(source)
+        return workload
+
+    def check(self, source: str) -> None:
+        """See that the sizes fit each other.
+
+        Raises:
+            ConfigError: naming what does not.
+        """
+        parallel = self.parallel
+        parallel.check(self.config)
+        if self.micro_batches < parallel.pp:
+            raise ConfigError(
+                f"{source}: {self.micro_batches} micro-batches for pipeline_stage={parallel.pp} stages; "
+                f"micro_batch_num must be at least {parallel.pp}"
+            )
+        parts = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+        if self.seq_length % parts:
+            raise ConfigError(
+                f"{source}: seq_length={self.seq_length} is not a multiple of the {parts} parts that context and "
+                f"sequence parallelism make of it"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on one rank."""
+        return self.batch_size * self.seq_length // self.parallel.cp
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all ranks."""
+        return self.batch_size * self.seq_length * self.micro_batches * self.parallel.dp
+
+
+@dataclass(frozen=True)
+class PredictWorkload:
+    """An engine.
+
+    Attributes:
+        seq_length: tokens that a request may have.
+        block_size, num_blocks: of the cache.
+        chunk_tokens: of a prompt that are computed at once.
+        max_batch_size: requests that run at once.
+    """
+
+    config: ModelConfig
+    parallel: ParallelConfig
+    seq_length: int
+    block_size: int
+    num_blocks: int
+    chunk_tokens: int
+    max_batch_size: int
+    param_type: str = "bfloat16"
+    compute_type: str = "bfloat16"
+
+    @classmethod
+    def of(cls, run: PredictConfig, source: str) -> PredictWorkload:
+        """That of a run file; what it does not say is as in `EngineOptions`.
+
+        Raises:
+            ConfigError: the model does not divide over the mesh.
+        """
+        from llama31_core.inference.options import EngineOptions
+
+        section, options = run.model_section, EngineOptions()
+        config = section.architecture(source)
+        run.parallel.check(config)
+        return cls(
+            config,
+            run.parallel,
+            section.seq_length,
+            section.block_size,
+            section.num_blocks,
+            options.max_prefill_tokens,
+            options.max_batch_size,
+            section.param_init_type,
+            section.compute_dtype,
+        )
