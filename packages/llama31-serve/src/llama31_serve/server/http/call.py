@@ -19,6 +19,7 @@ from llama31_serve.server.refusal import Refusal
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
+BODY_TIMEOUT_S = 30.0
 JSON_TYPE, EVENTS_TYPE = "application/json", "text/event-stream; charset=utf-8"
 Header = tuple[str, str]
 
@@ -86,17 +87,16 @@ class Endpoint:
         """See ASGI."""
         call = Call(scope, send, b"")
         try:
-            try:
-                call.body = await _read_body(receive)
-                await _while_connected(self._run(call), receive)
-            except Refusal as refusal:
-                await self._refuse(call, refusal, scope["path"])
-            except Exception:
-                logger.exception("%s failed", scope["path"])
-                problem = "the server failed on this request; its log says why"
-                await self._refuse(call, Refusal(grpc.StatusCode.INTERNAL, problem), scope["path"])
-        except ConnectionError:  # nobody is left to answer
-            return
+            call.body = await _read_body_in_time(receive)
+            await _while_connected(self._run(call), receive)
+        except ConnectionError:
+            return  # nobody is left to answer
+        except Refusal as refusal:
+            await self._refuse(call, refusal, scope["path"])
+        except Exception:
+            logger.exception("%s failed", scope["path"])
+            problem = "the server failed on this request; its log says why"
+            await self._refuse(call, Refusal(grpc.StatusCode.INTERNAL, problem), scope["path"])
 
     async def _run(self, call: Call) -> None:
         await self._handle(call)
@@ -117,6 +117,15 @@ class Endpoint:
 def encode_json(value: object) -> bytes:
     """Compact UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+async def _read_body_in_time(receive: Receive) -> bytes:
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await _read_body(receive)
+    except TimeoutError:
+        problem = f"the body did not come to its end within {BODY_TIMEOUT_S:g} s"
+        raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, problem) from None
 
 
 async def _read_body(receive: Receive) -> bytes:

@@ -10,12 +10,37 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama31_serve.errors import StartError
 from llama31_serve.server.options import join_address
 
 CLOSE_GRACE_S = 1
 BACKLOG = 512
+REQUEST_TIMEOUT_S = 30.0  # for the headers of a request; call.py has the same patience with its body
+UNREAD_TIMEOUT_S = 60.0  # a client that takes nothing for so long is cut off
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
+
+class _Protocol(H11Protocol):
+    """A connection that is closed if it asks for nothing, or never comes to the end of its headers."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(REQUEST_TIMEOUT_S, self._look, None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _look(self, before: object) -> None:
+        cycle = self.cycle
+        if cycle is before and (cycle is None or cycle.response_complete):
+            self.transport.abort()
+        else:
+            self._timer = self.loop.call_later(REQUEST_TIMEOUT_S, self._look, cycle)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -34,6 +59,7 @@ class HttpListener:
         self._tls = tls
         config = uvicorn.Config(
             app,
+            http=_Protocol,
             lifespan="off",
             log_config=None,
             log_level="warning",
@@ -80,6 +106,11 @@ class HttpListener:
             listening = socket.socket(family, kind, protocol)
             try:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                # Connections take these over: one whose other end is gone, or does not read, does not stay.
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIMEOUT_S * 1e3))
+                for option, value in _KEEPALIVE:
+                    listening.setsockopt(socket.IPPROTO_TCP, option, value)
                 listening.bind(address)
                 listening.listen(BACKLOG)
                 listening.setblocking(False)
