@@ -58,7 +58,7 @@ def test_activations_counted_by_hand() -> None:
     """8B, one sequence of 8192 in bfloat16: input, q, k, v, mixed, h, gate and up of 32 layers."""
     plan = published_plan(0)
     each = 4096 + 4096 + 2 * 1024 + 4096 + 4096 + 2 * 14336
-    assert plan.largest.memory.moment == "the end of the forward pass"
+    assert plan.largest.memory.moment == "the beginning of the backward pass"
     assert plan.largest.memory.parts["activations"] == 2 * 8192 * 32 * each
     full = published_plan(0, recompute="full", micro_batches=2)
     assert full.largest.memory.parts["activations"] <= 2 * 8192 * 32 * 4096

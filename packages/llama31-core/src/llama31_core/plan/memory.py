@@ -22,7 +22,7 @@ class MemoryUse:
 
     Attributes:
         parts: name to bytes.
-        moment: the end of the forward pass, or of the backward pass.
+        moment: the beginning of the backward pass, or its end.
     """
 
     parts: dict[str, int]
@@ -55,18 +55,18 @@ def training_memory(work: TrainWorkload, device: Device, stage: int) -> MemoryUs
         fixed["optimiser"] += (numbers.outside + (numbers.all - numbers.outside) // layers) * number.moments
     in_flight = kept * _layers_in_flight(work, stage)
     accumulates = work.micro_batches > 1
-    forward_end = {
+    beginning = {
         "gradients": gradients if accumulates else outside,
         "activations": in_flight,
-        "work": max(_head_bytes(work, stage), _layer_bytes(work, device, number) // 3),
+        "work": max(_head_bytes(work, stage), _layer_bytes(work, device, number)),
     }
-    backward_end = {
+    end = {
         "gradients": gradients,
         "activations": in_flight - kept * (layers - 1),
         "work": _layer_bytes(work, device, number),
     }
     moment, changing = max(
-        (("the end of the forward pass", forward_end), ("the end of the backward pass", backward_end)),
+        (("the beginning of the backward pass", beginning), ("the end of the backward pass", end)),
         key=lambda moment: sum(moment[1].values()),
     )
     return MemoryUse({name: size for name, size in (fixed | changing).items() if size}, moment)
