@@ -133,6 +133,12 @@ async def test_asking_commands(serve: Serve, capsys: pytest.CaptureFixture[str])
         assert await output("chat", "Hi", "--max_tokens", "40") == "user\nHi\n"
         assert await output("chat", "Hi", "--max_tokens", "40", "--system", "Be") == "system\nBe\n"
         assert await output("health", "--wait_s", "5") == "SERVING\n"
+        services = (await output("describe")).splitlines()
+        assert {"llama31.inference.v1.InferenceService", "fmaas.GenerationService"} <= set(services)
+        methods = await output("describe", "llama31.inference.v1.InferenceService")
+        assert "rpc ChatStream(llama31.inference.v1.ChatStreamRequest) returns (stream llama31.inference" in methods
+        fields = await output("describe", "llama31.inference.v1.GenerateRequest")
+        assert "llama31.inference.v1.TextPrompt text  // one of input" in fields
         table = await output("bench", "--requests", "6", "--tokens", "5", "--concurrency", "1", "3", "--rate", "500")
         assert [line.split()[0] for line in table.splitlines()] == ["in", "1", "3"]
         assert all(len(line.split()) == 9 and float(line.split()[1]) > 0 for line in table.splitlines()[1:])
@@ -145,6 +151,7 @@ def test_asking_where_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None
         assert "UNAVAILABLE" in complain(capsys, "generate", "x", "--address", address)
         assert "UNAVAILABLE" in complain(capsys, "health", "--address", address)
         assert "UNAVAILABLE" in complain(capsys, "bench", "--address", address)
+        assert "UNAVAILABLE" in complain(capsys, "describe", "--address", address)
         assert "--requests is 0" in complain(capsys, "bench", "--requests", "0")
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from llama31_serve import __version__
-from llama31_serve.commands import ask, bench, control, health, replicas, start
+from llama31_serve.commands import ask, bench, control, describe, health, replicas, start
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("chat", ask.add_chat_arguments, ask.run_chat, "ask one question, or talk"),
         ("bench", bench.add_arguments, bench.run, "put load on a server: throughput and times"),
         ("control", control.add_arguments, control.run, "operate a server: info, abort, drain, adapters"),
+        ("describe", describe.add_arguments, describe.run, "list services, methods and fields by reflection"),
         ("health", health.add_arguments, health.run, "exit 0 if the server is serving, 1 if not"),
     ):
         command = commands.add_parser(name, help=text, description=text)
