@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -67,6 +69,11 @@ class Running:
     server: Server
     engine: EchoEngine
     client: AsyncClient
+
+    def open_files(self) -> int:
+        """File descriptors of this process: server and clients."""
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
         """Wait for a condition; fails the test if it does not come true."""

@@ -59,17 +59,21 @@ async def test_a_thousand_cancels_at_random_moments(serve: Serve) -> None:
                 assert stream.result is not None
 
     async with serve(EchoEngine(vocab_size=259, step_s=0.001), max_running=16) as running:
+        await running.client.generate("abc", max_tokens=1)  # what is opened once is open now
+        before = running.open_files()
         for first in range(0, 1000, 20):  # 20 at a time, of at most 2 completions each: none is refused
             await asyncio.gather(*(ask(running.client, number) for number in range(first, first + 20)))
             await running.until(lambda: running.server.admission.num_held == 0)
-        await running.until(lambda: running.engine.num_used_blocks == 0)
-        assert running.server.requests.num_unfinished > 300  # the others never reached the server
+        await running.until(lambda: running.engine.num_used_blocks == 0 and running.open_files() <= before)
+        assert running.server.requests.num_unfinished > 100  # how many come so far depends on the machine
         assert (await running.client.generate("abc", max_tokens=4)).text == "abca"
 
 
 async def test_connections_cut_without_a_word(serve: Serve) -> None:
     """The client's sockets die under running requests, as when its process is killed."""
     async with serve(EchoEngine(vocab_size=259, step_s=0.001), max_running=16) as running:
+        await running.client.generate("abc", max_tokens=1)
+        before = running.open_files()
         writers: list[asyncio.StreamWriter] = []
         forward = functools.partial(_forward, port=running.server.listener.port, writers=writers)
         for _ in range(10):
@@ -85,6 +89,8 @@ async def test_connections_cut_without_a_word(serve: Serve) -> None:
             proxy.close()
             await running.until(lambda: running.engine.num_used_blocks == 0)
             await client.close()
+            await proxy.wait_closed()
+        await running.until(lambda: running.open_files() <= before)
 
 
 async def _forward(

@@ -53,9 +53,8 @@ class ChatRoutes:
         for turn in turns:
             await call.event(frame.around([turn.piece({"role": "assistant", "content": ""})], kind=kind))
         async for update in generation:
-            turn = turns[update.completion_index]
-            for piece in turn.pieces(update):
-                await call.event(frame.around([piece], kind=kind))
+            pieces = turns[update.completion_index].pieces(update)
+            await call.events(frame.around([piece], kind=kind) for piece in pieces)
         if body.include_usage:
             await call.event(frame.around([], usage_of([generation]), kind=kind))
         await call.piece(DONE)

@@ -75,8 +75,7 @@ class TextRoutes:
                 async for update in generation:
                     answer.add(update)
                     if stream:
-                        for event in answer.events(update, generation):
-                            await call.event(event)
+                        await call.events(answer.events(update, generation))
                 _require_in_time(generation)
         except Refusal as refusal:
             raise refusal.renamed(TEXT_NAMES) from None
