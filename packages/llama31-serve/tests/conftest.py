@@ -28,6 +28,7 @@ from llama31_serve.server.text import TextModel
 
 SPECIAL_TOKENS = ("<|bos|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -121,11 +122,12 @@ def serve(text_model: TextModel, no_leaks: None) -> Serve:
         security: Security | None = None,
         client_options: Any = None,
         observers: Sequence[Observer] = (),
+        text: TextModel = text_model,
         **options: Any,
     ) -> AsyncIterator[Running]:
         echo = engine or EchoEngine(vocab_size=259, eos_token_ids=(258,))
         settings = ServerOptions(**{"port": 0, **options})
-        server = Server(settings, lambda: text_model, lambda: echo, security, observers=observers)
+        server = Server(settings, lambda: text, lambda: echo, security, observers=observers)
         before = asyncio.all_tasks()
         await server.start()
         try:

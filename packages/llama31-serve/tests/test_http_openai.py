@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -104,6 +105,15 @@ async def test_tools(serve: Serve, say: Any, streamed: bool) -> None:
         assert plain.choices[0].message.content == CALL
         none = await client.chat.completions.create(**{**asked, "tool_choice": "none"})
         assert none.choices[0].message.content == CALL
+
+
+async def test_tools_that_the_model_would_not_hear_of(serve: Serve, say: Any, text_model: Any) -> None:
+    text_model = dataclasses.replace(text_model, shows_tools=False)
+    async with serve(engine=say(CALL), text=text_model, **HTTP) as running, client_of(running) as client:
+        with pytest.raises(openai.BadRequestError, match="this model's chat template has no place for them"):
+            await client.chat.completions.create(model="model", messages=HI, tools=TOOLS)
+        plain = await client.chat.completions.create(model="model", messages=HI, tools=TOOLS, tool_choice="none")
+        assert plain.choices[0].message.content == CALL
 
 
 async def test_text_where_tools_are_offered(serve: Serve, say: Any) -> None:

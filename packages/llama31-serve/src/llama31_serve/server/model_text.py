@@ -26,7 +26,17 @@ def load_text(path: Path) -> TextModel:
 
     adds_bos = tokenizer.vocabulary.controls.add_bos
     encode = _conversation_encoder(tokenizer)
-    return TextModel(tokenizer, adds_bos, encode, find_tool_calls, stream_decoder, (TokenizerError,))
+    shows_tools = _shows_tools(encode)
+    return TextModel(tokenizer, adds_bos, shows_tools, encode, find_tool_calls, stream_decoder, (TokenizerError,))
+
+
+def _shows_tools(encode: EncodeConversation) -> bool:
+    function = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    question = [{"role": "user", "content": "q"}]
+    try:
+        return encode(question, [{"type": "function", "function": function}]) != encode(question, [])
+    except TokenizerError:
+        return False
 
 
 def _conversation_encoder(tokenizer: Tokenizer) -> EncodeConversation:

@@ -33,6 +33,7 @@ class TextModel:
     Attributes:
         tokenizer: vocabulary.
         adds_bos: whether the vocabulary's own way is to begin a text with the beginning-of-sequence token.
+        shows_tools: whether the chat format tells the model of the functions that it may call.
         encode_conversation: messages and the functions they may call to ids, opened for the assistant.
         find_tool_calls: the calls that an assistant's text consists of, none if it is anything else.
         stream_decoder: makes a decoder; the argument says whether control tokens are left out.
@@ -41,6 +42,7 @@ class TextModel:
 
     tokenizer: Tokenizer
     adds_bos: bool
+    shows_tools: bool
     encode_conversation: Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], list[int]]
     find_tool_calls: Callable[[str], Sequence[ToolCall]]
     stream_decoder: Callable[[bool], StreamDecoder]

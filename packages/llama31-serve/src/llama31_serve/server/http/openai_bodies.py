@@ -171,7 +171,11 @@ def read_chat_body(body: ChatBody, model: ServingModel, limits: Limits, request_
         wrong.append(FieldViolation("top_logprobs", "is set, but logprobs is not true"))
     forced, problem = _forced_call(body)
     wrong += problem
-    prompt = ConversationInput(tuple(body.messages), tuple(body.offered_tools))
+    tools = body.offered_tools if model.text.model.shows_tools else []
+    if body.offered_tools and not tools and forced is None:
+        untold = "are given, but this model's chat template has no place for them; demand a call with tool_choice"
+        wrong.append(FieldViolation("tools", untold))
+    prompt = ConversationInput(tuple(body.messages), tuple(tools))
     checked = GenerationRequest(
         prompt=prompt,
         request_id=request_id,
