@@ -60,6 +60,16 @@ def check_tiling(config: ModelConfig, parallel: ParallelConfig) -> None:
             assert covers_once(shape, [tuple(slice(*bounds) for bounds in box) for box in pieces]), name
 
 
+def check_shapes(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Equal parts on every rank, of whole heads."""
+    for rank in range(parallel.world_size):
+        shapes = {name: shard.shape for name, shard in plan_shards(config, parallel, rank).items()}
+        for kind, axis, width in (("attention.wq", 0, config.dim), ("feed_forward.w2", 1, config.ffn_dim)):
+            assert {shape[axis] for name, shape in shapes.items() if kind in name} == {width // parallel.tp}
+        heads = {shape[0] // config.head_dim for name, shape in shapes.items() if "attention.wk" in name}
+        assert heads == {max(1, config.n_kv_heads // parallel.tp)}
+
+
 @settings(max_examples=150, deadline=None)
 @given(meshes, st.booleans())
 def test_shards_and_optimizer_state_tile_every_parameter(parallel: ParallelConfig, tied: bool) -> None:
@@ -71,10 +81,26 @@ def test_405b_over_512_ranks_tiles() -> None:
     parallel = ParallelConfig(dp=4, tp=8, pp=16, shard_optimizer=True)
     assert parallel.world_size == 512
     check_tiling(config, parallel)
+    check_shapes(config, parallel)
     biggest = max(
         sum(prod(shard.shape) for shard in plan_shards(config, parallel, rank).values()) for rank in range(512)
     )
     assert biggest < 1.1 * config.num_parameters / (8 * 16)  # the ends have embedding or head, the rest is even
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("llama3.1-8b", ParallelConfig(dp=8, shard_optimizer=True)),
+        ("llama3.1-8b", ParallelConfig(dp=2, cp=2, tp=2, sequence_parallel=True)),
+        ("llama3.1-70b", ParallelConfig(tp=8, pp=8, sequence_parallel=True)),
+        ("llama3.1-70b", ParallelConfig(dp=2, tp=16, pp=2, shard_optimizer=True, vocab_parallel=False)),
+    ],
+)
+def test_published_sizes_tile(name: str, parallel: ParallelConfig) -> None:
+    config = ModelConfig.preset(name)
+    check_tiling(config, parallel)
+    check_shapes(config, parallel)
 
 
 @settings(max_examples=100, deadline=None)
