@@ -138,6 +138,7 @@ def test_keys_without_effect_are_named_with_the_reason(tmp_path: Path) -> None:
         ("BackendConfig.multiNodesInferEnabled", True, "BackendConfig.multiNodesInferEnabled is true"),
         ("BackendConfig.modelInstanceNumber", 2, "start several with `llama31-serve replicas`"),
         ("BackendConfig.npuDeviceIds", [[0, 1]], "needs modelInstanceNumber (1) lists of worldSize (1) ids"),
+        ("BackendConfig.ModelDeployConfig.ModelConfig.0.worldSize", 2, "npuDeviceIds is [[0]], needs"),
         ("BackendConfig.ModelDeployConfig.ModelConfig.0.backendType", "atb", "backendType is 'atb', allowed is 'ms'"),
         ("BackendConfig.ModelDeployConfig.ModelConfig", [], "ModelConfig is []: list should have at least 1 item"),
         ("BackendConfig.ScheduleConfig.maxBatchSize", 0, "ScheduleConfig.maxBatchSize is 0: input should be greater"),
@@ -161,6 +162,13 @@ def test_one_of_several(tmp_path: Path) -> None:
     assert settings.log_file.path == tmp_path / "logs" / "mindservice.1.log"
     with pytest.raises(StartError, match="--replica is 2, BackendConfig"):
         read(tmp_path, values, replica=2)
+
+
+def test_several_devices(tmp_path: Path) -> None:
+    values = changed("BackendConfig.npuDeviceIds", [[0, 1]])
+    values["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["worldSize"] = 2
+    with pytest.raises(StartError, match="worldSize is 2, allowed is 1"):
+        read(tmp_path, values)
 
 
 def test_every_interface_if_that_is_meant(tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def _refuse(path: Path, config: MindieConfig, *, allow_any_address: bool, replic
             replica is not None and replica >= backend.modelInstanceNumber,
             f"--replica is {replica}, BackendConfig.modelInstanceNumber is {backend.modelInstanceNumber}; raise it",
         ),
+        (model.worldSize > 1, f"ModelConfig[0].worldSize is {model.worldSize}, allowed is 1: one process computes"),
         (model.backendType != "ms", f"ModelConfig[0].backendType is {model.backendType!r}, allowed is 'ms'"),
         (
             model.modelInstanceType != "Standard",
