@@ -218,3 +218,19 @@ async def test_a_minute_of_overload_takes_no_memory(serve: Serve) -> None:
 def resident_bytes() -> int:
     """Memory of this process: server and clients."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def test_a_drain_under_load_loses_no_accepted_request(serve: Serve) -> None:
+    engine = EchoEngine(vocab_size=259, step_s=0.002)
+    async with serve(engine=engine, http_port=0, max_running=2) as running:
+        body = {"inputs": "ab", "parameters": {"max_new_tokens": 60}}
+        async with httpx.AsyncClient(base_url=running.server.http.business.url, timeout=20) as client:
+            tasks = [asyncio.create_task(client.post("/generate", json={**body, "stream": n > 3})) for n in range(6)]
+            await running.until(lambda: running.server.admission.num_held == 6)
+            assert await running.server.drain()
+            assert (await client.post("/generate", json=body)).status_code == 503
+            await running.server.http.close()
+            answers = await asyncio.gather(*tasks)
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert [answer.json()["generated_text"] for answer in answers[:4]] == ["ab" * 30] * 4
+    assert all(answer.text.count('"token":') == 60 for answer in answers[4:])
