@@ -61,7 +61,7 @@ def _compile(compiler: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         built = Path(directory) / library.name
-        command = [compiler, *_OPTIONS, "-o", str(built), str(_SOURCES / "operators.cc")]
+        command = [compiler, *_OPTIONS, "-o", str(built), *map(str, sorted(_SOURCES.glob("*.cc")))]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_LIMIT_S)
         except subprocess.CalledProcessError as error:

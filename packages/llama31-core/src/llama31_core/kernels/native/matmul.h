@@ -55,9 +55,10 @@ inline __m128 SumEach(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
-// MR rows of x, `x_stride` apart, times four rows wherever they are.
+// MR rows of x, `x_stride` apart, times four rows wherever they are. What lies `ahead` elements behind those is fetched
+// meanwhile; 0 for nothing.
 template <typename T, int MR>
-inline void Tile(const T *x, int64_t x_stride, const T *const *rows, int64_t k, __m128 *out) {
+inline void Tile(const T *x, int64_t x_stride, const T *const *rows, int64_t k, int64_t ahead, __m128 *out) {
   using L = Lanes<T>;
   __m512 sums[MR][4];
   for (int i = 0; i < MR; ++i)
@@ -66,6 +67,9 @@ inline void Tile(const T *x, int64_t x_stride, const T *const *rows, int64_t k, 
   for (; at + L::kStep <= k; at += L::kStep) {
     typename L::Vector ws[4];
     for (int j = 0; j < 4; ++j) ws[j] = L::Load(rows[j] + at);
+    if (ahead > 0) {
+      for (int j = 0; j < 4; ++j) _mm_prefetch(reinterpret_cast<const char *>(rows[j] + at + ahead), _MM_HINT_T0);
+    }
     for (int i = 0; i < MR; ++i) {
       const auto xi = L::Load(x + i * x_stride + at);
       for (int j = 0; j < 4; ++j) sums[i][j] = L::MultiplyAdd(sums[i][j], xi, ws[j]);
@@ -85,14 +89,15 @@ constexpr int kTileRows = 6;
 
 // Any number of rows of x up to kTileRows.
 template <typename T>
-inline void TileOf(int64_t m_rows, const T *x, int64_t x_stride, const T *const *rows, int64_t k, __m128 *out) {
+inline void TileOf(int64_t m_rows, const T *x, int64_t x_stride, const T *const *rows, int64_t k, int64_t ahead,
+                   __m128 *out) {
   switch (m_rows) {
-    case 1: return Tile<T, 1>(x, x_stride, rows, k, out);
-    case 2: return Tile<T, 2>(x, x_stride, rows, k, out);
-    case 3: return Tile<T, 3>(x, x_stride, rows, k, out);
-    case 4: return Tile<T, 4>(x, x_stride, rows, k, out);
-    case 5: return Tile<T, 5>(x, x_stride, rows, k, out);
-    default: return Tile<T, kTileRows>(x, x_stride, rows, k, out);
+    case 1: return Tile<T, 1>(x, x_stride, rows, k, ahead, out);
+    case 2: return Tile<T, 2>(x, x_stride, rows, k, ahead, out);
+    case 3: return Tile<T, 3>(x, x_stride, rows, k, ahead, out);
+    case 4: return Tile<T, 4>(x, x_stride, rows, k, ahead, out);
+    case 5: return Tile<T, 5>(x, x_stride, rows, k, ahead, out);
+    default: return Tile<T, kTileRows>(x, x_stride, rows, k, ahead, out);
   }
 }
 
@@ -112,7 +117,8 @@ void MatmulRows(const T *x, const T *w, int64_t m_rows, int64_t k, int64_t n_beg
       for (int64_t m = m_begin; m < m_end; m += kTileRows) {
         const int64_t tile_rows = std::min<int64_t>(kTileRows, m_end - m);
         __m128 sums[kTileRows];
-        TileOf(tile_rows, x + m * k, k, rows, k, sums);
+        const int64_t ahead = m == m_begin ? 4 * k : 0;  // the first tile waits for memory: it asks for the next rows
+        TileOf(tile_rows, x + m * k, k, rows, k, ahead, sums);
         for (int64_t i = 0; i < tile_rows; ++i) store(m + i, n, sums[i], kept);
       }
     }
