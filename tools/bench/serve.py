@@ -56,7 +56,7 @@ class Subject:
             return EchoEngine(vocab_size=128_256, max_seq_len=131_072, step_s=self.step_s)
         from llama31_serve.server.core_engine import load_engine, plan_engine
 
-        return load_engine(plan_engine(self.model_dir, EngineOptions()), self.model_dir)
+        return load_engine(plan_engine(self.model_dir, self.model_dir, EngineOptions()), self.model_dir)
 
 
 def serve(pipe: Connection, subject: Subject) -> None:

@@ -33,7 +33,7 @@ MEAN_FIRST_GAP_S = 0.02
 
 def measure_offline(model_dir: Path, options: EngineOptions, concurrency: int, load: Load) -> float:
     """Tokens/s of the engine with `concurrency` sequences in it at all times and nothing around it."""
-    engine = core_engine.load_engine(core_engine.plan_engine(model_dir, options), model_dir)
+    engine = core_engine.load_engine(core_engine.plan_engine(model_dir, model_dir, options), model_dir)
     engine.warm_up()
     waiting = list(enumerate(load.prompts()))
     running = made = 0
