@@ -103,15 +103,21 @@ def write_set(
     except DataError:
         raise
     except Exception as error:  # FileWriter raises RuntimeError, OSError and its own, without a common base
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ResumableError(
-            f"{path}: MindRecord cannot be written: {reason}; check that the disk has space, and run again"
+            f"{path}: MindRecord cannot be written: {_reason(error)}; check that the disk has space, and run again"
         ) from error
     for file in files:
         for written in (file, Path(f"{file}{INDEX_SUFFIX}")):
             _use_umask(written)
             _sync(written)
     return Written(files, num_records, records_by_width)
+
+
+def _reason(error: Exception) -> str:
+    """MindSpore's own reason, which stands below headings of its error's text as `[ERROR] reason`."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    stated = [line.removeprefix("[ERROR]").strip() for line in lines if line.startswith("[ERROR]")]
+    return next(iter([*stated, *lines]), type(error).__name__)
 
 
 def _link(files: Sequence[Path]) -> None:

@@ -101,6 +101,7 @@ def plot_stats(stats: dict[str, Any], path: Path) -> None:
             axes.annotate(f"p{percent}", (found[f"p{percent}"], 1), xycoords=("data", "axes fraction"), fontsize=8)
         axes.set_xlabel(f"{label} (mean {found['mean']:,.1f}, max {found['max']:,})")
         axes.set_ylabel("samples")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(path, format="png", metadata={"Software": None})
