@@ -17,7 +17,7 @@ from llama31_core.checkpoint import parameter_shapes, save_weights
 from llama31_core.commands import engine_options
 from llama31_core.config import ModelConfig
 from llama31_core.inference.engine import Engine
-from llama31_core.inference.runner import GraphRunner
+from llama31_core.inference.runner import GraphRunner, native_kernels_here
 from llama31_core.inference.sum_runner import SumRunner
 from llama31_core.model import Llama, PagedAttention
 
@@ -39,16 +39,23 @@ def random_weights() -> Callable[..., dict[str, npt.NDArray[np.float32]]]:
 
 @pytest.fixture
 def build_runner() -> Callable[..., GraphRunner]:
-    """A compiled model with given weights over a small cache."""
+    """A compiled model with given weights over a small cache; skips where native kernels are wanted and cannot run."""
 
     def build(
-        config: ModelConfig, weights: dict[str, npt.NDArray[np.float32]], num_blocks: int = 64, block_size: int = 8
+        config: ModelConfig,
+        weights: dict[str, npt.NDArray[np.float32]],
+        num_blocks: int = 64,
+        block_size: int = 8,
+        num_host_blocks: int = 0,
+        native: bool = False,
     ) -> GraphRunner:
+        if native and not native_kernels_here():
+            pytest.skip("no native kernels on this machine")
         llama = Llama(config, lambda: PagedAttention(config, num_blocks, block_size))
         for name, parameter in llama.parameters_and_names():
             if not name.endswith("_cache"):
                 parameter.set_data(Tensor(weights[name]))
-        return GraphRunner(llama, num_blocks, block_size)
+        return GraphRunner(llama, num_blocks, block_size, num_host_blocks, native=native)
 
     return build
 
@@ -95,7 +102,7 @@ def model_dir(tmp_path: Path) -> Path:
     path = tmp_path / "model"
     path.mkdir()
     sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 16, "max_seq_len": 512}
-    config = ModelConfig(vocab_size=258, **sizes)
+    config = ModelConfig.build("bytes", vocab_size=258, **sizes)
     config.save_pretrained(path)
     rng = np.random.default_rng(0)
     save_weights(path, ((n, rng.normal(size=s).astype(np.float32)) for n, s in parameter_shapes(config).items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,3 +199,16 @@ def test_max_tokens_none_is_what_the_limit_allows() -> None:
 def test_options_outside_their_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineOptions(**options)
+
+
+@pytest.mark.parametrize("seed", [9, 11, 14, 17])
+def test_beams_that_made_room_come_back_into_a_cache_that_just_holds_them(seed: int) -> None:
+    """Six beams that do not share their beginning need more blocks than there are, and would wait for ever."""
+    prompts = np.random.default_rng(seed).integers(1, 90, (3, 20)).tolist()
+    engine = Engine(CONFIG, SumRunner(VOCAB, 23, 4, spread=0.3), EngineOptions(max_batch_size=16))
+    params = SamplingParams(12, temperature=0, num_beams=6, n=6, ignore_eos=True, early_stopping="never")
+    for index, prompt in enumerate(prompts):
+        engine.add(str(index), prompt, params)
+    for _ in range(500):
+        engine.step()
+    assert not engine.has_unfinished()

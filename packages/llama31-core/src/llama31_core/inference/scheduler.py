@@ -115,11 +115,19 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """Move the first waiting sequence to the running ones, if places and blocks are free."""
-        if not self.waiting or not self._has_place(self.waiting[0]) or not self.cache.enter(self.waiting[0]):
+        if not self.waiting or self._waits_for_beams(self.waiting[0]):
+            return None
+        if not self._has_place(self.waiting[0]) or not self.cache.enter(self.waiting[0]):
             return None
         sequence = self.waiting.pop(0)
         insort(self.running, sequence, key=_by_urgency)
         return sequence
+
+    def _waits_for_beams(self, sequence: Sequence) -> bool:
+        """Whether a beam that comes back had better share what its fellows are computing: all of them are only sure to
+        fit into the cache together if what they have in common is there once."""
+        fellows = (other for other in self.running if other.request is sequence.request)
+        return sequence.in_lockstep and any(other.num_uncached for other in fellows)
 
     def _has_place(self, sequence: Sequence) -> bool:
         return sum(other.width for other in self.running) + sequence.width <= self.max_batch_size
