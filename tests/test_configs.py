@@ -46,6 +46,17 @@ def test_architecture_and_mesh_are_those_of_the_name(name: str, caplog: pytest.L
     run.parallel.check(preset)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_json_is_written_from_it_as_mindie_wants(path: Path, tmp_path: Path) -> None:
+    if "smollm2" in path.stem:
+        with pytest.raises(ConfigError, match="missing hidden_size, num_layers, num_heads, vocab_size"):
+            ModelConfig.from_pretrained(path)
+        return
+    config = ModelConfig.from_pretrained(path)
+    config.save_pretrained(tmp_path, form="mindformers")
+    assert ModelConfig.from_pretrained(tmp_path) == config
+
+
 def test_both_tiny_files_are_the_tiny_preset() -> None:
     tiny = {path.stem: load(path).model_section.architecture(path.stem) for path in CONFIGS if "tiny" in path.stem}
     for config in tiny.values():

@@ -41,6 +41,8 @@ PURE = [
     "llama31_core",
     "llama31_core.config",
     "llama31_core.precision",
+    "llama31_core.device",
+    "llama31_core.native_support",
     "llama31_core.mindformers_config",
     "llama31_core.checkpoint",
     "llama31_core.inference.block_manager",

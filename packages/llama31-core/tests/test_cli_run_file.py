@@ -104,6 +104,14 @@ def test_weights_without_a_configuration_take_the_file_s(
     assert capsys.readouterr().out == said(list(b"hello"), 19) + "\n"
 
 
+def test_a_weight_file_of_a_model_directory(
+    model_dir: Path, runners: list[SumRunner], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = str(model_dir / "model.safetensors")
+    assert main(["predict", weights, "--prompt", "hello", "--raw", "--max_tokens", "9"]) == 0
+    assert capsys.readouterr().out == said(list(b"hello"), 9) + "\n"
+
+
 def test_a_chat_by_a_run_file(
     model_dir: Path,
     runners: list[SumRunner],

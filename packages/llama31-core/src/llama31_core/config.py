@@ -162,7 +162,18 @@ class ModelConfig(BaseModel):
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path) -> ModelConfig:
-        """The config of a model directory: its `config.json`, in HF's form or MindFormers'."""
+        """The config of a model directory: its `config.json`, in HF's form or MindFormers'; or that of a run file.
+
+        Args:
+            model_dir: the directory, or a YAML file whose `model.model_config` describes the architecture.
+
+        Raises:
+            ConfigError: missing, not JSON or YAML, or not that of a Llama model.
+        """
+        if Path(model_dir).suffix in (".yaml", ".yml"):
+            from llama31_core.run_config import load_any_config  # whose sections build ModelConfigs
+
+            return load_any_config(model_dir).model_section.architecture(f"{model_dir}: model.model_config")
         path = Path(model_dir) / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

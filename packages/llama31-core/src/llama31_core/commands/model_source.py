@@ -46,7 +46,9 @@ class ModelSource:
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model."""
-    text = "a model directory, as llama31-ckpt convert writes it; with --config a weight file too (its load_checkpoint)"
+    text = (
+        "a model directory, as llama31-ckpt convert writes it, or a weight file in one; with --config any weight file"
+    )
     parser.add_argument("model_dir", type=Path, nargs="?", metavar="MODEL_DIR", help=text)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="a YAML file with run_mode: predict; other flags come before it"
@@ -68,8 +70,8 @@ def load_source(arguments: argparse.Namespace) -> ModelSource:
             raise ConfigError("no model is named; give MODEL_DIR, or --config with a load_checkpoint")
         if arguments.set:
             raise ConfigError(f"--set {arguments.set[0]} is for a run file; give --config too")
-        path = arguments.model_dir
-        return ModelSource(ModelConfig.from_pretrained(path), path, Tokenizer.from_pretrained(path))
+        home = _home(arguments.model_dir)
+        return ModelSource(ModelConfig.from_pretrained(home), arguments.model_dir, Tokenizer.from_pretrained(home))
     run = load_predict_config(arguments.config, arguments.set)
     return source_of_run(run, str(arguments.config), arguments.model_dir)
 
@@ -99,11 +101,16 @@ def source_of_run(run: PredictConfig, source: str, weights: Path | None = None) 
     )
 
 
+def _home(weights: Path) -> Path:
+    """The directory in which configuration and vocabulary lie."""
+    return weights.parent if weights.is_file() else weights
+
+
 def _architecture(run: PredictConfig, source: str, weights: Path) -> ModelConfig:
     """That of the config.json beside the weights, with which the run file must agree, or else that of the run file."""
     if not weights.exists():
         raise ConfigError(f"{source}: load_checkpoint is {str(weights)!r}, and that does not exist")
-    home = weights if weights.is_dir() else weights.parent
+    home = _home(weights)
     if not (home / "config.json").is_file():
         return run.model_section.architecture(f"{source}: model.model_config (there is no config.json in {home})")
     config = ModelConfig.from_pretrained(home)
@@ -113,7 +120,7 @@ def _architecture(run: PredictConfig, source: str, weights: Path) -> ModelConfig
 
 def _tokenizer(run: PredictConfig, source: str, weights: Path) -> Tokenizer:
     """Of vocab_file, or of the directory of the weights; there what lies beside the vocabulary counts too."""
-    home = weights if weights.is_dir() else weights.parent
+    home = _home(weights)
     named = run.processor.tokenizer.vocab_file
     if not named:
         return Tokenizer.from_pretrained(home)
