@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -195,6 +197,16 @@ def test_the_old_command_with_what_does_not_fit(
     assert transform([part.format(layouts) for part in command]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("by_rank", [(), ("--transform_by_rank", "True")], ids=["at_once", "by_rank"])
+def test_the_old_command_told_to_end_clears_up(
+    by_rank: Sequence[str], layouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama31_ckpt.distribute.write_manifest", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    command = ["--src_checkpoint", f"{layouts}/tp2_pp2", "--dst_strategy", f"{layouts}/tp4.ckpt", *by_rank]
+    assert transform([*command, "--dst_checkpoint_dir", f"{tmp_path}/out"]) == 130
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_smollm2_over_ranks_and_back_keeps_its_sha256(smollm2_dir: Path, tmp_path: Path) -> None:

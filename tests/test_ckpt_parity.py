@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from llama31_ckpt.cli import main
+from llama31_ckpt.sources import open_source
 from llama31_core.checkpoint import check_weights, describe_file, open_weights, rotary_heads, spell
 from llama31_core.config import ModelConfig
 from model_assets import fetch
@@ -71,17 +74,72 @@ def test_greedy_answer_of_the_hf_directory_we_write_is_paris(model_dir: Path, tm
     assert answer == "The capital of France is Paris."
 
 
-def test_round_trips_through_every_layout_keep_every_byte(model_dir: Path, tmp_path: Path) -> None:
-    """Model directory -> HF -> fused .ckpt -> Meta shards -> model directory: the file's sha256 is the same."""
-    steps: list[tuple[str, list[str]]] = [("hf", ["--reversed"]), ("fused.ckpt", ["--qkv_concat"])]
+def _logits(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """transformers' logits of some tokens with these weights."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**ModelConfig.preset("smollm2-135m").to_hf())
+        ).eval()
+    model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]}, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its buffer is no weight and was not loaded
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.arange(1000, 1024)[None]).logits
+    return logits
+
+
+def test_logits_after_every_path_are_those_of_transformers_own_reading(
+    model_dir: Path, reference: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """GGUF -> model directory -> HF -> MindFormers' fused .ckpt -> Meta's .pth -> tp 3 x pp 2 ranks -> one .ckpt.
+
+    The logits are the same bits at every station, and in the end so is the model directory's file. (3 because the
+    model's 9 and 3 heads do not divide by 2; `test_tp_2_x_pp_2_and_back` has that.)
+    """
+    expected = _logits(reference)
+    assert expected.argmax(-1).unique().numel() > 5
     source = model_dir
-    for name, options in steps:
-        assert main(["convert", "--input_path", str(source), "--output_path", str(tmp_path / name), *options]) == 0
-        source = tmp_path / name
-    _write_meta(source, tmp_path / "meta")
-    command = ["convert", "--input_path", str(tmp_path / "meta"), "--output_path", str(tmp_path / "model")]
-    assert main(command) == 0
-    assert describe_file(tmp_path / "model" / "model.safetensors") == describe_file(model_dir / "model.safetensors")
+    for command, name, options in (
+        ("convert", "hf", ["--reversed"]),
+        ("convert", "fused.ckpt", ["--qkv_concat"]),
+        ("meta", "meta", []),
+        ("shard", "ranks", ["--tp", "3", "--pp", "2"]),
+        ("merge", "model", []),
+    ):
+        target = tmp_path / name
+        if command == "meta":
+            _write_meta(source, target)
+        else:
+            assert main([command, "--input_path", str(source), "--output_path", str(target), *options]) == 0
+        with closing(open_source(target)) as opened:
+            weights = opened.weights
+            state = {spell(name, "hf"): torch.from_numpy(weights.read_slice(name, ())) for name in weights.names()}
+        assert torch.equal(_logits(state), expected), name
+        if source != model_dir:
+            shutil.rmtree(source) if source.is_dir() else source.unlink()
+        source = target
+    assert describe_file(source / "model.safetensors") == describe_file(model_dir / "model.safetensors")
+
+
+def test_tp_2_x_pp_2_and_back(tmp_path: Path) -> None:
+    """A grouped-query model whose heads divide by 2, in bfloat16: transformers' logits before and after."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, dtype="bfloat16",
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    for command, source, target, options in (
+        ("shard", "hf", "ranks", ["--tp", "2", "--pp", "2"]),
+        ("merge", "ranks", "model", []),
+        ("convert", "model", "back", ["--reversed"]),
+    ):
+        arguments = [command, "--input_path", f"{tmp_path}/{source}", "--output_path", f"{tmp_path}/{target}", *options]
+        assert main(arguments) == 0
+    assert len(list((tmp_path / "ranks").glob("rank_*"))) == 4
+    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("hf", "back")]
+    with torch.no_grad():
+        before, after = (model(torch.arange(40)[None]).logits for model in models)
+    assert torch.equal(after, before)
 
 
 def _write_meta(source: Path, target: Path, num_shards: int = 3) -> None:

@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 from llama31_ckpt.distribute import ShardOptions, distribute, distribute_rank
+from llama31_ckpt.interrupts import ended_like_ctrl_c
 from llama31_ckpt.shard_commands import report
 from llama31_ckpt.sources import open_source
 from llama31_core.checkpoint import MANIFEST_NAME
@@ -102,13 +103,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the conversion and return its exit code."""
+    """Run the conversion and return its exit code: 0, 1 for an error, 130 if interrupted."""
     arguments = build_parser().parse_args(argv)
     try:
-        run(arguments)
+        with ended_like_ctrl_c():
+            run(arguments)
     except Llama31Error as error:
         print(f"transform_checkpoint.py: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("transform_checkpoint.py: error: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

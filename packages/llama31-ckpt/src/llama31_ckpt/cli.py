@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from types import FrameType
 
 from llama31_ckpt import __version__
 from llama31_ckpt.convert import Options, check_apart, convert
+from llama31_ckpt.interrupts import ended_like_ctrl_c
 from llama31_ckpt.lora import MergedWeights
 from llama31_ckpt.lora_extract import extract_lora
 from llama31_ckpt.progress import item_bar
@@ -114,19 +113,12 @@ def _run_extract_lora(arguments: argparse.Namespace) -> None:
     )
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt  # so that a terminated conversion clears up behind it
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0, 1 for an error, 2 for wrong usage, 130 if interrupted."""
     arguments = build_parser().parse_args(argv)
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in previous.items():
-        if handler != signal.SIG_IGN:  # as nohup asks for
-            signal.signal(number, _terminate)
     try:
-        return int(arguments.run(arguments) or 0)
+        with ended_like_ctrl_c():
+            return int(arguments.run(arguments) or 0)
     except Llama31Error as error:
         if arguments.debug:
             raise
@@ -136,6 +128,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llama31-ckpt: error: interrupted", file=sys.stderr)
         return 130
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

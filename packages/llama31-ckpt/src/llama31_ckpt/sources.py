@@ -11,10 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llama31_ckpt.gguf_format.architecture import read_config
-from llama31_ckpt.gguf_format.header import MAGIC, read_header
-from llama31_ckpt.gguf_format.tokenizer import build_tokenizer_files, unsupported_vocabulary
-from llama31_ckpt.gguf_format.weights import GgufWeights
+from llama31_ckpt.gguf_format import MAGIC
 from llama31_ckpt.meta_format import is_meta_directory, open_meta
 from llama31_ckpt.shard_source import is_sharded, open_shards
 from llama31_ckpt.torch_format import Joined, TorchWeights, load_tensors
@@ -145,6 +142,12 @@ def _find_torch(path: Path) -> Path | None:
 
 
 def _open_gguf(path: Path) -> Source:
+    # Here and not above: the gguf library takes its time to load, and most checkpoints are of other formats.
+    from llama31_ckpt.gguf_format.architecture import read_config
+    from llama31_ckpt.gguf_format.header import read_header
+    from llama31_ckpt.gguf_format.tokenizer import build_tokenizer_files, unsupported_vocabulary
+    from llama31_ckpt.gguf_format.weights import GgufWeights
+
     file = OpenFile(path)
     header = read_header(file)
     config = read_config(file, header)

@@ -1,1 +1,3 @@
 """Reading GGUF files: header, weights, architecture and vocabulary."""
+
+MAGIC = b"GGUF"  # a file begins with it

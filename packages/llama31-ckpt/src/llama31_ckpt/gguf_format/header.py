@@ -14,10 +14,10 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from llama31_ckpt.gguf_format import MAGIC
 from llama31_core.checkpoint.stored import OpenFile
 from llama31_core.errors import CheckpointError
 
-MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4  # GGML_MAX_DIMS
