@@ -40,7 +40,6 @@ SIZES: dict[str, Any] = {
     "n_layers": 4,
     "n_heads": 8,
     "n_kv_heads": 2,
-    "ffn_dim": 48,
     "max_seq_len": 64,
 }
 ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-5, "weight_decay": 0.1}
@@ -56,6 +55,7 @@ class Case:
     mesh: dict[str, Any]
     micro_batches: int = 1
     tied: bool = False
+    ffn_dim: int = 48
     recompute: Literal["none", "select", "full"] = "none"
     objective: dict[str, float] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ class Case:
     @property
     def reference(self) -> str:
         """Cases with the same one have the same one-process result."""
-        return f"{'tied' if self.tied else 'untied'}{'-smoothed' if self.objective else ''}"
+        return f"{'tied' if self.tied else 'untied'}-{self.ffn_dim}{'-smoothed' if self.objective else ''}"
 
 
 SMOOTHED = {"label_smoothing": 0.1, "z_loss": 1e-3}
@@ -84,7 +84,7 @@ CASES: dict[str, Case] = {
     "tp4-sp-recompute": Case({"tp": 4} | SP, 2, recompute="full"),
     "dp2": Case({"dp": 2}, 2),
     "dp2-zero1": Case({"dp": 2} | ZERO1, 2),
-    "dp4-zero2": Case({"dp": 4} | ZERO2, 2),
+    "dp4-zero2-rows-that-do-not-divide": Case({"dp": 4} | ZERO2, 2, ffn_dim=42),
     "dp2-tp2-sp-zero2": Case({"dp": 2, "tp": 2} | SP | ZERO2, 2),
     "dp4-tp2-zero1-tied": Case({"dp": 4, "tp": 2} | ZERO1, 2, tied=True),
     "pp2": Case({"pp": 2}, 4),
@@ -110,7 +110,7 @@ CASES: dict[str, Case] = {
 
 def model_of(case: Case) -> ModelConfig:
     """The small model of a case."""
-    return ModelConfig(**SIZES, head_dim=4, tie_word_embeddings=case.tied)
+    return ModelConfig(**SIZES, ffn_dim=case.ffn_dim, head_dim=4, tie_word_embeddings=case.tied)
 
 
 def random_values(config: ModelConfig) -> Arrays:

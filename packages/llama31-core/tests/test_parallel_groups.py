@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama31_core.config import ModelConfig
+from llama31_core.errors import ConfigError
 from llama31_core.parallel import ParallelConfig, plan_shards
 from llama31_core.parallel.gradients import plan_gradient
 from llama31_core.parallel.groups import plan_groups
+from llama31_core.parallel.replica import check_trainable
 
 SMALL = ModelConfig(vocab_size=96, dim=32, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=4, ffn_dim=48, max_seq_len=64)
 TIED = SMALL.model_copy(update={"tie_word_embeddings": True})
@@ -75,3 +77,11 @@ def test_groups_of_405b_on_512_ranks() -> None:
     groups = plan_groups(parallel, 300, 8)
     assert sorted({len(group) for group in groups}) == [2, 4, 8, 16, 512]
     assert all(a < b for a, b in pairwise(groups))
+
+
+def test_a_head_that_is_a_whole_embedding_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"vocab_emb_dp is True and tp=2.*set vocab_emb_dp=False"):
+        check_trainable(TIED, ParallelConfig(tp=2, vocab_parallel=False))
+    check_trainable(SMALL, ParallelConfig(tp=2, vocab_parallel=False))
+    with pytest.raises(ConfigError, match=r"tp=3 does not fit .*; the nearest that do are \[1, 2, 4\]"):
+        check_trainable(SMALL, ParallelConfig(tp=3))

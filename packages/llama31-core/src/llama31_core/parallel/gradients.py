@@ -71,20 +71,22 @@ class MeshReduction:
 
     def sum_gradients(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Over everything that holds a share of a gradient; of what the optimiser splits, the rank's rows."""
-        return {
-            name: self._sum_within(self.scatter(name, gradients[name]), plan)
-            for name, plan in self._plans.items()
-            if name in gradients
-        }
+        sums = {}
+        for name, plan in self._plans.items():
+            if name not in gradients:
+                continue
+            gradient = self.scatter(name, gradients[name])
+            if not plan.is_scattered and not self._dp.is_alone:
+                gradient = transport().all_reduce(self._dp)(gradient)
+            sums[name] = self._sum_within(gradient, plan)
+        return sums
 
     def scatter(self, name: str, gradient: Tensor) -> Tensor:
-        """The sum over dp, or the rank's rows of it; rows that were scattered before are given back."""
+        """The rank's rows of the sum over dp, if the optimiser splits this weight and it was not done before."""
         plan = self._plans[name]
-        if self._dp.is_alone or (plan.is_scattered and gradient.shape == plan.shape):
+        if not plan.is_scattered or gradient.shape == plan.shape:
             return gradient
-        if plan.is_scattered:
-            return transport().reduce_scatter(self._dp)(gradient)
-        return transport().all_reduce(self._dp)(gradient)
+        return transport().reduce_scatter(self._dp)(gradient)
 
     def _sum_within(self, gradient: Tensor, plan: GradientPlan) -> Tensor:
         """Over ranks that hold the same weight, or a copy, and did other work with it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama31_core.config import ModelConfig
+from llama31_core.errors import ConfigError
 from llama31_core.parallel.backprop import MeshBackprop, build_weights
 from llama31_core.parallel.gradients import GradientPlan, MeshReduction, plan_gradient
 from llama31_core.parallel.groups import Groups
@@ -54,13 +55,27 @@ class Replica:
         return TrainStep(backprop, optimizer, max_norm=max_norm, loss_scale=loss_scale, reduction=self.reduction)
 
 
+def check_trainable(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """See that a mesh can train a model, before anything is loaded.
+
+    Raises:
+        ConfigError: the model does not divide, or its head is an embedding that is not to be split.
+    """
+    parallel.check(config)
+    if config.tie_word_embeddings and parallel.tp > 1 and not parallel.vocab_parallel:
+        raise ConfigError(
+            f"parallel_config.vocab_emb_dp is True and tp={parallel.tp}: the model's head is its embedding "
+            "(tie_word_embeddings), which a split head splits too; set vocab_emb_dp=False"
+        )
+
+
 def build_replica(config: ModelConfig, parallel: ParallelConfig, rank: int) -> Replica:
     """A rank's part, its weights still without values. All ranks call this at the same point of a program.
 
     Raises:
         ConfigError: the model does not divide over the mesh.
     """
-    parallel.check(config)
+    check_trainable(config, parallel)
     shards = plan_shards(config, parallel, rank)
     groups = Groups(parallel, rank, config.n_kv_heads)
     plans = {name: plan_gradient(shard, config, parallel) for name, shard in shards.items()}

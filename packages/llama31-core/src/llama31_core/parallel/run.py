@@ -19,7 +19,7 @@ from llama31_core.parallel.gradients import sum_numbers
 from llama31_core.parallel.groups import world_group
 from llama31_core.parallel.launch import find_rank, join_mesh
 from llama31_core.parallel.layout import ParameterShard
-from llama31_core.parallel.replica import build_replica
+from llama31_core.parallel.replica import build_replica, check_trainable
 from llama31_core.parallel.sequence import check_sequence
 from llama31_core.run_config import RunConfig
 from llama31_core.training.backprop import Backprop
@@ -47,7 +47,7 @@ def join_run(run: RunConfig, source: str) -> MeshRanks:
     problem, facts, config = "", {}, None
     try:
         config = ModelConfig.from_pretrained(run.load_checkpoint)
-        run.parallel.check(config)
+        check_trainable(config, run.parallel)
         facts = find_facts(run, rank)
     except (Llama31Error, OSError) as error:
         problem = str(error)
