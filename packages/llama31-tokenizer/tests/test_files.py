@@ -84,6 +84,7 @@ def change_lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[byte
         (lambda data: b"\x00\x01\x02", "first bytes are"),
         (lambda data: b'{"a": 1', r"model:1: column \d+: not JSON"),
         (lambda data: b'{"a": 1}', "no `model` object"),
+        (lambda data: b'{"model": {"type": "Unigram", "vocab": [["a", 0]]}}', "model.type is Unigram"),
         (lambda data: b'{"model": {"type": "WordPiece", "vocab": {"a": 0}}}', "model.type is WordPiece"),
         (lambda data: b'{"model": {"type": "BPE", "byte_fallback": true, "vocab": {"a": 0}}}', "tokenizer.model"),
         (lambda data: b'{"a": "\xff"}', "not UTF-8"),

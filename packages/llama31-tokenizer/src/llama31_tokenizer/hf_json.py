@@ -57,12 +57,13 @@ def parse_hf_json(data: bytes, source: Path, sha256: str, config: Mapping[str, A
     root = parse_json_object(data, source)
     config = config or {}
     model = root.get("model")
+    if isinstance(model, dict):
+        _refuse_other_families(model, root, source)
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise TokenizerError(
             f"{source}: no `model` object with a `vocab` object, expected a Hugging Face tokenizer.json; "
             "give the tokenizer file, not a model's configuration"
         )
-    _refuse_other_families(model, root, source)
     vocab: dict[str, int] = dict(model["vocab"])
     special, literal = _read_added_tokens(root.get("added_tokens") or [], source)
     for name in (*special, *literal):

@@ -131,7 +131,8 @@ class ChatTemplate:
         try:
             return self._template.render(variables)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            raise TokenizerError(f"{self._origin}: the chat template refused the dialog: {error}") from error
+            what = "refused the dialog" if type(error) is jinja2.TemplateError else "failed"  # its raise_exception
+            raise TokenizerError(f"{self._origin}: the chat template {what}: {error}") from error
         except (AttributeError, MemoryError) as error:
             raise TokenizerError(f"{self._origin}: the chat template failed: {error}") from error
 
