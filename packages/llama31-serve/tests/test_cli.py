@@ -12,8 +12,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from llama31_core import ModelConfig
+from llama31_core.checkpoint.shapes import parameter_shapes
+from llama31_core.checkpoint.writer import save_weights
 from llama31_serve import Client
 from llama31_serve.cli import main
 
@@ -49,7 +53,7 @@ def complain(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.fixture
 def model_dir(tokenizer_dir: Path, tmp_path: Path) -> Path:
-    """Looks like a model directory, but its weights cannot be read."""
+    """A model directory whose weights are zeros, of a model too small to run."""
     for file in tokenizer_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     sizes = {
@@ -60,7 +64,8 @@ def model_dir(tokenizer_dir: Path, tmp_path: Path) -> Path:
         "vocab_size": 259,
     }
     (tmp_path / "config.json").write_text(json.dumps(sizes))
-    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    shapes = parameter_shapes(ModelConfig.from_pretrained(tmp_path))
+    save_weights(tmp_path, [(name, np.zeros(shape, np.float32)) for name, shape in shapes.items()])
     return tmp_path
 
 
@@ -91,7 +96,7 @@ def test_start_with_the_port_taken(capsys: pytest.CaptureFixture[str], model_dir
         taken.listen()
         port = taken.getsockname()[1]
         error = complain(capsys, "start", "--model", str(model_dir), "--port", str(port))
-    assert f"cannot listen on 127.0.0.1:{port}" in error  # and not a word of the weights, which are broken
+    assert f"cannot listen on 127.0.0.1:{port}" in error
 
 
 @pytest.mark.parametrize(
