@@ -49,6 +49,8 @@ PURE = [
     "llama31_core.inference.draft_model",
     "llama31_core.inference.engine",
     "llama31_core.inference.engine_plan",
+    "llama31_core.inference.graph_input",
+    "llama31_core.inference.parallel_channel",
     "llama31_core.inference.sampling",
     "llama31_core.inference.scheduler",
     "llama31_core.inference.structured",

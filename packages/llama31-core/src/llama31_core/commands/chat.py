@@ -20,7 +20,7 @@ from llama31_core.commands.model_source import add_source_arguments, load_source
 from llama31_core.commands.prompts import PromptEncoder
 from llama31_core.commands.records import stop_strings
 from llama31_core.commands.sampling_options import add_sampling_options, given_options
-from llama31_core.errors import Llama31Error, RequestError
+from llama31_core.errors import ConfigError, Llama31Error, RequestError
 from llama31_core.inference.sampling_params import SamplingParams
 from llama31_tokenizer.errors import Llama31Error as TokenizerSideError
 
@@ -59,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     SamplingParams(**options)
     stop = stop_strings(arguments.stop)
     encoder = PromptEncoder(source.tokenizer, system=arguments.system)
+    if source.parallel.world_size > 1:
+        raise ConfigError(f"{source.run_file}: use_parallel is True, a chat runs on one device; set it to False")
     setup = plan_engine(arguments, source, **{**source.engine, "max_batch_size": 1})
     engine = setup.build()
     engine.warm_up()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import atexit
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama31_core.commands.interrupts import importing_mindspore
@@ -14,6 +16,7 @@ from llama31_core.inference.engine_plan import EnginePlan
 from llama31_core.inference.options import EngineOptions
 from llama31_core.lora.adapter import Adapter, read_adapter
 from llama31_core.lora.table import adaptable_shapes, check_fits, not_loaded
+from llama31_core.parallel.mesh import ParallelConfig
 from llama31_tokenizer import Tokenizer
 
 _FLAGS = {
@@ -38,6 +41,8 @@ class EngineSetup:
         tokenizer: the model's.
         adapters: those to load, by name.
         draft_model_dir: guesses tokens.
+        parallel: the ranks that it runs over.
+        run_file: what messages call the file that says so.
     """
 
     plan: EnginePlan
@@ -45,6 +50,8 @@ class EngineSetup:
     tokenizer: Tokenizer
     adapters: dict[str, Adapter]
     draft_model_dir: Path | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run_file: str = ""
 
     def check_adapter(self, name: str | None) -> None:
         """See that an adapter that a request names is one of those to load.
@@ -59,10 +66,28 @@ class EngineSetup:
         """Import MindSpore, read the weights and load the adapters."""
         with importing_mindspore():
             import mindspore  # noqa: F401  here, so that an interruption cannot leave it half imported
+        if self.parallel.world_size > 1:
+            return self._join()
         engine = Engine.from_plan(self.plan, self.weights, draft_model_dir=self.draft_model_dir)
         for name, adapter in self.adapters.items():
             engine.load_adapter(name, adapter)
         return engine
+
+    def follow(self) -> None:
+        """On a rank that does not schedule: compute what rank 0 says until it ends, and end the process too."""
+        leads = os.environ.get("RANK_ID", "0") == "0" and os.environ.get("MS_ROLE") != "MS_SCHED"
+        if self.parallel.world_size > 1 and not leads:
+            self.build()
+
+    def _join(self) -> Engine:
+        from llama31_core.inference.parallel_runner import Follower, join
+
+        joined = join(self.plan, self.parallel, self.weights, self.run_file)
+        if isinstance(joined, Follower):
+            joined.follow()
+            raise SystemExit(0)
+        atexit.register(joined.close)
+        return Engine(self.plan.config, joined, self.plan.options)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +121,13 @@ def plan_engine(arguments: argparse.Namespace, source: ModelSource, **more: int)
     plan = EnginePlan.for_weights(source.config, options, source.weights, source.precision)
     if arguments.draft_model is not None:
         plan.for_draft(arguments.draft_model)
-    setup = EngineSetup(plan, source.weights, source.tokenizer, adapters, arguments.draft_model)
+    several = source.parallel.world_size > 1
+    if several and (adapters or arguments.draft_model is not None):
+        what = "--lora" if adapters else "--draft_model"
+        raise ConfigError(f"{what} is for one device, {source.run_file} asks for {source.parallel.world_size}")
+    setup = EngineSetup(
+        plan, source.weights, source.tokenizer, adapters, arguments.draft_model, source.parallel, source.run_file
+    )
     setup.check_adapter(arguments.adapter)
     return setup
 

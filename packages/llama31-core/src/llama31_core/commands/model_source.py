@@ -31,6 +31,8 @@ class ModelSource:
         seed: of what is drawn at random.
         add_bos_token: raw prompts begin with bos.
         precision: number types on Ascend; None without a run file.
+        parallel: the ranks that it runs over.
+        run_file: what messages call the file.
     """
 
     config: ModelConfig
@@ -42,6 +44,8 @@ class ModelSource:
     seed: int | None = None
     add_bos_token: bool = False
     precision: Precision | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run_file: str = ""
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,18 +82,14 @@ def load_source(arguments: argparse.Namespace) -> ModelSource:
 
 def source_of_run(run: PredictConfig, source: str, weights: Path | None = None) -> ModelSource:
     """What a run file describes; `weights` instead of its load_checkpoint."""
-    if run.parallel != ParallelConfig():
-        sizes = f"data_parallel {run.parallel.dp}, model_parallel {run.parallel.tp}, pipeline_stage {run.parallel.pp}"
-        raise ConfigError(
-            f"{source}: use_parallel is True with {sizes}, but prediction runs on one device; set use_parallel to False"
-        )
     if weights is None:
         if not run.load_checkpoint:
             raise ConfigError(f"{source}: load_checkpoint is empty; name a model directory or a weight file")
         weights = Path(run.load_checkpoint)
     section = run.model_section
+    config = _architecture(run, source, weights)
     return ModelSource(
-        _architecture(run, source, weights),
+        config,
         weights,
         _tokenizer(run, source, weights),
         section.engine_values(),
@@ -98,7 +98,25 @@ def source_of_run(run: PredictConfig, source: str, weights: Path | None = None) 
         run.seed,
         run.add_bos_token,
         section.precision(device_target()),
+        _mesh(run, source, config),
+        source,
     )
+
+
+def _mesh(run: PredictConfig, source: str, config: ModelConfig) -> ParallelConfig:
+    """The ranks to run over; sequence parallelism saves memory in training alone."""
+    parallel = run.parallel.model_copy(update={"sequence_parallel": False})
+    for name, size in (("data_parallel", parallel.dp), ("context_parallel", parallel.cp)):
+        if size > 1:
+            raise ConfigError(
+                f"{source}: parallel_config.{name} is {size}, prediction runs over model_parallel and pipeline_stage "
+                f"alone; set it to 1"
+            )
+    try:
+        parallel.check(config)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: parallel_config: {error}") from error
+    return parallel
 
 
 def _home(weights: Path) -> Path:

@@ -61,10 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
         defaults["max_tokens"], sizes["max_seq_len"] = None, source.max_length
         params = replace(params, max_tokens=None)
     if arguments.input is not None:
-        return predict_file(arguments, plan_engine(arguments, source, **sizes), encoder, defaults)
+        setup = plan_engine(arguments, source, **sizes)
+        setup.follow()
+        return predict_file(arguments, setup, encoder, defaults)
     places = len(arguments.prompt) * max(params.n, params.num_beams)
     sizes["max_batch_size"] = min(places, max(params.n, params.num_beams, EngineOptions.max_batch_size))
-    predict_prompts(arguments, plan_engine(arguments, source, **sizes), encoder, params)
+    setup = plan_engine(arguments, source, **sizes)
+    setup.follow()
+    predict_prompts(arguments, setup, encoder, params)
     return 0
 
 

@@ -17,10 +17,12 @@ from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
 from llama31_core.checkpoint import check_weights, open_weights
+from llama31_core.checkpoint.dtypes import Array
 from llama31_core.config import ModelConfig
 from llama31_core.inference.batch import BlockMove, ForwardInput
 from llama31_core.inference.block_io import BlockIO
 from llama31_core.inference.cache_plan import CachePlan
+from llama31_core.inference.graph_input import graph_input, wanted_rows
 from llama31_core.inference.native_llama import NativeLlama
 from llama31_core.inference.options import EngineOptions
 from llama31_core.kernels.native import NativeKernelsError, load_library
@@ -31,7 +33,6 @@ from llama31_core.model.layers import Layers
 from llama31_core.precision import Precision
 
 _LOG = logging.getLogger(__name__)
-_Ints = npt.NDArray[np.int32]
 
 
 class _WantedLogits(nn.Cell):  # type: ignore[misc]
@@ -120,24 +121,9 @@ class GraphRunner:
         """See Runner."""
         if self.adapters is not None:
             self.adapters.select(batch.adapter_slots or [BASE_SLOT] * len(batch.starts))
-        arrays = (*self._inputs(batch), _wanted(batch))
+        arrays = (*graph_input(batch, self.block_size), wanted_rows(batch))
         logits: npt.NDArray[np.float32] = self._net(*(Tensor(array) for array in arrays)).asnumpy()
         return logits[: sum(batch.num_logits)]
-
-    def _inputs(self, batch: ForwardInput) -> tuple[_Ints, _Ints, _Ints, _Ints]:
-        """Tokens, positions and slots (B, T), block tables (B, M).
-
-        A shorter row ends in repetitions of its last token, which write once more what that one wrote.
-        """
-        lengths_B1 = np.array([[len(tokens)] for tokens in batch.token_ids], np.int32)
-        columns_BT = np.minimum(np.arange(lengths_B1.max(), dtype=np.int32), lengths_B1 - 1)
-        tokens_BT = np.take_along_axis(_rectangle(batch.token_ids), columns_BT, axis=1)
-        positions_BT = np.array(batch.starts, np.int32)[:, None] + columns_BT
-        # A table's tail beyond its own blocks points at block 0; the mask on positions hides it.
-        tables_BM = _rectangle(batch.block_tables)
-        slots_BT = np.take_along_axis(tables_BM, positions_BT // self.block_size, axis=1) * self.block_size
-        slots_BT += positions_BT % self.block_size
-        return tokens_BT, positions_BT, slots_BT, tables_BM
 
 
 def load_parameters(llama: Llama, path: Path, config: ModelConfig) -> None:
@@ -148,8 +134,14 @@ def load_parameters(llama: Llama, path: Path, config: ModelConfig) -> None:
             if name.endswith("_cache"):
                 parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)).astype(parameter.dtype))
             elif not is_adapter_parameter(name):
-                values = Tensor.from_numpy(weights.read(name).astype(np.float32))
-                parameter.set_data(values.astype(parameter.dtype))
+                parameter.set_data(_as_tensor(weights.read(name), parameter.dtype))
+
+
+def _as_tensor(values: Array, dtype: ms.Type) -> Tensor:
+    """Values in a type; those that have it already are not brought to another one on the way."""
+    if getattr(ms, values.dtype.name) == dtype:
+        return Tensor(values)
+    return Tensor(values.astype(np.float32)).astype(dtype)
 
 
 def native_kernels_here() -> bool:
@@ -162,20 +154,3 @@ def native_kernels_here() -> bool:
         _LOG.warning("%s; the portable kernels serve instead, at a fraction of the speed", error)
         return False
     return True
-
-
-def _rectangle(rows: list[list[int]]) -> _Ints:
-    """Rows of different length, filled up with zeros."""
-    out = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for target, row in zip(out, rows, strict=True):
-        target[: len(row)] = row
-    return out
-
-
-def _wanted(batch: ForwardInput) -> _Ints:
-    """Which of the B * T tokens logits are wanted of: at least one, for the graph's sake."""
-    longest = max(map(len, batch.token_ids))
-    spans = enumerate(zip(batch.token_ids, batch.num_logits, strict=True))
-    ends = ((index * longest + len(tokens), count) for index, (tokens, count) in spans)
-    rows = [np.arange(end - count, end, dtype=np.int32) for end, count in ends if count]
-    return np.concatenate(rows) if rows else np.zeros(1, np.int32)
