@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from llama31_core import kernels
-from llama31_core.checkpoint import save_weights
+from llama31_core.checkpoint import open_weights, save_weights
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError, ConfigError
 from llama31_core.inference import engine_plan
@@ -59,9 +59,12 @@ def test_weights_in_sixteen_bits_are_counted_and_kept_so(save: Save) -> None:
     engine = Engine.from_plan(plan, path)
     assert len(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
     runner = GraphRunner.from_pretrained(path, CONFIG, plan.cache, plan.options, plan.precision)
-    assert {p.dtype for n, p in runner.llama.parameters_and_names() if "norm" not in n and "_cache" not in n} == {
-        ms.bfloat16
-    }
+    with open_weights(path) as stored:
+        for name, parameter in runner.llama.parameters_and_names():
+            if "_cache" not in name:
+                assert parameter.dtype == (ms.float32 if "norm" in name else ms.bfloat16)
+                values = stored.read(name).astype(np.float32)
+                np.testing.assert_array_equal(parameter.astype(ms.float32).asnumpy(), values)
 
 
 @pytest.mark.parametrize("why", ["float32 stored", "float16 stored", "adapters", "portable kernels"])
