@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, metavar="DIR", help="model directory")
     what.add_argument("--config", type=Path, metavar="JSON", help="MindIE's config.json; the other flags go before it")
+    parser.add_argument(
+        "--tensor_parallel", type=int, metavar="N", help="compute over the N processes of tools/msrun_launcher.sh"
+    )
     parser.add_argument("--replica", type=int, metavar="N", help="raise every port by N: one of several (see replicas)")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="gRPC port; 0 takes any free one (default: 50051)")
@@ -92,7 +95,14 @@ def run(arguments: argparse.Namespace) -> int:
     _choose_devices(settings)
     load_text = functools.partial(model_text.load_text, files.tokenizer)
     load_engine = functools.partial(core_engine.load_engine, plan, files.weights)
+    if settings.tensor_parallel > 1:
+        from llama31_serve.server import parallel_engine
 
+        ranks = plan, files.weights, settings.tensor_parallel
+        if not parallel_engine.is_leader(settings.tensor_parallel):
+            parallel_engine.follow(*ranks)
+            return 0
+        load_engine = functools.partial(parallel_engine.load_leading_engine, *ranks)
     tracing = None if arguments.traces is None else _tracing(arguments.traces, options.model_name)
 
     async def main() -> int:

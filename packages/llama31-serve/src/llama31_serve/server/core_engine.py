@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import cast
@@ -40,8 +40,10 @@ _SHARED = {field.name for field in fields(Sampling)} & {field.name for field in 
 class CoreEngine:
     """A llama31_core.Engine behind the server's Engine protocol."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, close: Callable[[], None] = lambda: None) -> None:
+        """`close` ends what the engine computes with."""
         self._engine = engine
+        self.close = close
         self.vocab_size = engine.config.vocab_size
         self.max_seq_len = engine.max_seq_len
         self.eos_token_ids = engine.config.eos_token_ids

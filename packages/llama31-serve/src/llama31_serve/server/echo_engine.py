@@ -124,6 +124,9 @@ class EchoEngine:
         self.num_aborted += known
         return known
 
+    def close(self) -> None:
+        """Nothing to do."""
+
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._requests)

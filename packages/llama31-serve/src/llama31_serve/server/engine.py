@@ -136,6 +136,9 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> bool:
         """Forget a request and free its memory now; False if it is not known."""
 
+    def close(self) -> None:
+        """Give back what the engine holds; nothing is called after it."""
+
     def has_unfinished(self) -> bool: ...
     def gathering_s(self) -> float:
         """How long `step` would have nothing to do, because new requests wait for others."""

@@ -127,6 +127,7 @@ class EngineThread:
                 self._on_broken()
         for engine_id in tuple(self._jobs):
             self._forget(engine, engine_id, tell=True)
+        engine.close()
 
     def _obey(self, engine: Engine) -> bool:
         """Carry out every command that waits; while the engine has nothing to do, wait for one. False: stop."""

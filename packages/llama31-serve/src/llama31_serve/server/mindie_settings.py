@@ -101,6 +101,7 @@ def settings_of(
         options=options,
         engine=engine,
         host_cache_bytes=max(model.cpuMemSize, 0) * GIB if preempts else 0,
+        tensor_parallel=model.worldSize,
         visible_devices=tuple(backend.npuDeviceIds[replica or 0]),
         security=Security(_tls(server, base, "tls")),
         management_security=Security(_tls(server, base, "managementTls")),
@@ -145,7 +146,6 @@ def _refuse(path: Path, config: MindieConfig, *, allow_any_address: bool, replic
             replica is not None and replica >= backend.modelInstanceNumber,
             f"--replica is {replica}, BackendConfig.modelInstanceNumber is {backend.modelInstanceNumber}; raise it",
         ),
-        (model.worldSize > 1, f"ModelConfig[0].worldSize is {model.worldSize}, allowed is 1: one process computes"),
         (model.backendType != "ms", f"ModelConfig[0].backendType is {model.backendType!r}, allowed is 'ms'"),
         (
             model.modelInstanceType != "Standard",

@@ -24,6 +24,7 @@ class Settings:
 
     Attributes:
         host_cache_bytes: host memory for what had to make room in the cache.
+        tensor_parallel: processes that compute together.
         visible_devices: NPUs of this process, None for the system's choice.
         management_security: of the listeners beside the business ones; None: the same.
         notes: what of a file has no effect, and why.
@@ -33,6 +34,7 @@ class Settings:
     options: ServerOptions = field(default_factory=ServerOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     host_cache_bytes: int = 0
+    tensor_parallel: int = 1
     visible_devices: tuple[int, ...] | None = None
     security: Security = field(default_factory=Security)
     management_security: Security | None = None

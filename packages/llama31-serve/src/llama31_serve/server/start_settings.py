@@ -30,6 +30,9 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     options = replace(settings.options, engine=engine, **_given(arguments, ServerOptions))
     if arguments.replica is not None:
         options = _raised(options, arguments.replica)
+    tensor_parallel = arguments.tensor_parallel or settings.tensor_parallel
+    if tensor_parallel < 1:
+        raise StartError(f"--tensor_parallel is {tensor_parallel}, allowed are numbers from 1 up")
     level = arguments.log_level or settings.log_level
     security, management = _security(arguments, settings)
     return replace(
@@ -37,6 +40,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         options=options,
         engine=engine,
         log_level=level,
+        tensor_parallel=tensor_parallel,
         security=security,
         management_security=management,
     )

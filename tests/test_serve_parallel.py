@@ -1,0 +1,65 @@
+"""A model over three processes behind one server; a rank that is killed ends the server, and its clients are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llama31_serve import Client, UnavailableError
+
+LAUNCHER = Path(__file__).resolve().parents[1] / "tools" / "msrun_launcher.sh"
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+RANKS = 3  # SmolLM2 has three heads for keys and values
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture
+def launched(smollm2_dir: Path, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    program = tmp_path / "serve.py"
+    program.write_text("from llama31_serve.cli import main\nraise SystemExit(main())\n")
+    port, meeting = free_port(), free_port()
+    order = f"{program} start --model {smollm2_dir} --tensor_parallel {RANKS} --max_seq_len 256 --port {port}"
+    command = ["bash", str(LAUNCHER), order, str(RANKS), str(meeting), "log", "True", "600"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True) as launcher:
+        try:
+            yield f"127.0.0.1:{port}", launcher
+        finally:
+            launcher.terminate()
+
+
+def rank_process(rank: int, directory: Path) -> int:
+    """The process of a rank."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            if f"RANK_ID={rank}".encode() in environment and (entry / "cwd").resolve().is_relative_to(directory):
+                return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.slow
+def test_three_ranks_answer_as_one_and_end_together(
+    launched: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    address, launcher = launched
+    with Client(address, timeout_s=300, max_attempts=1) as client:
+        client.wait_until_serving(400)
+        assert client.chat(QUESTION, temperature=0).text == "The capital of France is Paris."
+        os.kill(rank_process(RANKS - 1, tmp_path), signal.SIGKILL)
+        launcher.wait(60)
+        with pytest.raises(UnavailableError):
+            client.chat(QUESTION, temperature=0)
+    assert launcher.returncode != 0
