@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llama31_core.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ROOT / "tools" / "msrun_launcher.sh"
-RECORDS = [
+RECORDS: list[dict[str, Any]] = [
     {"token_ids": list(range(1, 40)), "max_tokens": 12, "temperature": 0},
     {"token_ids": [7, 8, 9], "max_tokens": 9, "temperature": 0.9, "seed": 3, "top_p": 0.9, "logprobs": 2},
     {"token_ids": [7, 8, 9, 10], "max_tokens": 6, "temperature": 1.2, "seed": 11, "n": 2},
@@ -64,9 +65,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "LLAMA31_NATIVE_KERNELS": "0"}
 
 
-def predict(tmp_path: Path, run_file: Path, name: str) -> list[str]:
+def predict(tmp_path: Path, run_file: Path, name: str, records: Sequence[dict[str, Any]] = RECORDS) -> list[str]:
     source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
     program = [sys.executable, "-m", "llama31_core", "predict", "--raw", "--config", str(run_file)]
     return [*program, "--input", str(source), "--output", str(tmp_path / f"{name}.jsonl")]
 
@@ -116,14 +117,18 @@ def test_other_meshes_say_what_one_process_says(
 
 
 @pytest.mark.slow
-def test_all_end_when_a_rank_is_killed(tmp_path: Path, model_dir: Path) -> None:
-    run = predict(tmp_path, write_run(tmp_path / "run.yaml", model_dir, model_parallel=2), "out")
-    log_dir = tmp_path / "log"
+def test_all_end_when_a_rank_is_killed_in_the_middle(tmp_path: Path, model_dir: Path) -> None:
+    records = [{"token_ids": [1, 2, 3], "max_tokens": 60, "temperature": 0} for _ in range(3000)]
+    run = predict(tmp_path, write_run(tmp_path / "run.yaml", model_dir, model_parallel=2), "out", records)
     with subprocess.Popen(
-        launched(run, 2, log_dir), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        launched(run, 2, tmp_path / "log"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
-        victim = wait_for_rank(1, run[-1])
-        os.kill(victim, signal.SIGKILL)
+        wait_for_results(tmp_path / ".out.jsonl.progress")
+        os.kill(find_rank(1, run[-1]), signal.SIGKILL)
         started = time.monotonic()
         printed, _ = process.communicate(timeout=60)
     assert time.monotonic() - started < 20
@@ -132,20 +137,25 @@ def test_all_end_when_a_rank_is_killed(tmp_path: Path, model_dir: Path) -> None:
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def wait_for_rank(rank: int, marker: str) -> int:
-    """The process of a rank, by its command line and environment."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and marker.encode() in (entry / "cmdline").read_bytes():
-                    variables = (entry / "environ").read_bytes().split(b"\0")
-                    if f"RANK_ID={rank}".encode() in variables and b"MS_ROLE=MS_WORKER" in variables:
-                        return int(entry.name)
-            except OSError:
-                continue
+def wait_for_results(spool: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not spool.exists() or spool.read_bytes().count(b"\n") < 2:
+        assert time.monotonic() < deadline, "no result came"
         time.sleep(0.2)
-    raise AssertionError("the rank did not start")
+
+
+def find_rank(rank: int, marker: str) -> int:
+    """The process of a rank, and not the one that watches it: by its command line and environment."""
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            if marker.encode() in command and b"msrun_supervisor" not in command:
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                if f"RANK_ID={rank}".encode() in variables and b"MS_ROLE=MS_WORKER" in variables:
+                    return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"rank {rank} is not there")
 
 
 def test_a_mesh_without_a_launcher_or_with_replicas_is_refused(tmp_path: Path, model_dir: Path) -> None:
