@@ -127,12 +127,15 @@ class GraphRunner:
 
 
 def load_parameters(llama: Llama, path: Path, config: ModelConfig) -> None:
-    """Give a model, built without values, the weights of a checkpoint in its own types; caches are cleared."""
+    """Give a model, built without values, the weights of a checkpoint in its own types; caches are cleared.
+
+    Values of the right type are not copied, so that a cache takes memory as it is written.
+    """
     with open_weights(path) as weights:
         check_weights(weights, config)
         for name, parameter in llama.parameters_and_names():
             if name.endswith("_cache"):
-                parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)).astype(parameter.dtype))
+                parameter.set_data(_as_tensor(np.zeros(parameter.shape, np.float32), parameter.dtype))
             elif not is_adapter_parameter(name):
                 parameter.set_data(_as_tensor(weights.read(name), parameter.dtype))
 
@@ -140,8 +143,8 @@ def load_parameters(llama: Llama, path: Path, config: ModelConfig) -> None:
 def _as_tensor(values: Array, dtype: ms.Type) -> Tensor:
     """Values in a type; those that have it already are not brought to another one on the way."""
     if getattr(ms, values.dtype.name) == dtype:
-        return Tensor(values)
-    return Tensor(values.astype(np.float32)).astype(dtype)
+        return Tensor.from_numpy(values)
+    return Tensor.from_numpy(values.astype(np.float32)).astype(dtype)
 
 
 def native_kernels_here() -> bool:
