@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama31_data import DataError, convert_alpaca
+from llama31_data.manifest import write_atomically
 from llama31_data.sample import SAMPLE_PATH
 
 # Word for word from Stanford Alpaca's train.py, independently of the package's constants.
@@ -107,3 +109,22 @@ def test_an_existing_output_stays_unless_overwrite_is_given(tmp_path: Path) -> N
     assert (tmp_path / "out.json").read_text() == "mine"
     convert_alpaca(str(SAMPLE_PATH), str(tmp_path / "out.json"), overwrite=True)
     assert len(json.loads((tmp_path / "out.json").read_text())) == 40
+
+
+def test_a_read_only_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a disk refuses to remove even a file that is not there."""
+    source = tmp_path / "in.json"
+    source.write_text('[{"instruction": "a", "input": "", "output": "b"}]')
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("open", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(DataError, match=r"x\.json: cannot be written: Read-only file system"):
+        write_atomically(tmp_path / "x.json", "{}")
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "unlink", refuse)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written: "):
+        convert_alpaca(str(source), str(tmp_path / "file" / "out.json"))

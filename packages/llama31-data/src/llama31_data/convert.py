@@ -12,7 +12,7 @@ from llama31_data.alpaca import conversation
 from llama31_data.chunks import Chunk, iter_chunks
 from llama31_data.encode import Reject, parse_payload
 from llama31_data.errors import DataError, RecordError
-from llama31_data.manifest import write_atomically
+from llama31_data.manifest import discard, write_atomically
 from llama31_data.schemas import checked_schema
 from llama31_data.sources import find_sources
 
@@ -70,7 +70,7 @@ def convert_alpaca(
     except OSError as error:
         raise DataError(f"{output}: cannot be written: {error.strerror}") from error
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
     return ConvertReport(written, rejects, _write_rejects(output, source.path.name, rejects))
 
 

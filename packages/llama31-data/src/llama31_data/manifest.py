@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,5 +138,11 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        discard(part)
         raise ResumableError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def discard(path: Path) -> None:
+    """Removes a file if it is there and can be: a read-only disk refuses even where it is not."""
+    with suppress(OSError):
+        path.unlink()

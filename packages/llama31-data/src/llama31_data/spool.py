@@ -18,6 +18,7 @@ import numpy as np
 from llama31_data.chunks import Chunk, ChunkId
 from llama31_data.encode import EncodedChunk, Reject
 from llama31_data.errors import DataError, ResumableError
+from llama31_data.manifest import discard
 
 
 class ChunkReport(NamedTuple):
@@ -70,7 +71,7 @@ class Spool:
             part.write_bytes(packed.getbuffer())
             part.replace(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            discard(part)
             raise ResumableError(f"{path}: cannot be written: {error.strerror}; free space and run again") from error
         return _report(chunk.id, encoded.counts, encoded.rejects, is_new=True)
 
