@@ -98,8 +98,8 @@ def test_the_model_for_an_npu_is_built_and_its_calls_are_inferred(asked: Precisi
     assert all(dtype == wanted["norm" in name] for name, dtype in types.items() if "_cache" not in name)
     assert {dtype for name, dtype in types.items() if "_cache" in name} == {getattr(ms, asked.compute)}
     batch = ForwardInput([[1, 2, 3], [4]], [0, 0], [[0], [1]], [1, 1])
-    # What a CPU says of an operator that it lacks, once types and shapes of the call have been found right.
-    with pytest.raises((RuntimeError, TypeError), match=r"Unsupported op \[\w+\] on CPU|[Uu]nregistered|kernel"):
+    # What a CPU says of operators that it lacks, once types and shapes of the whole graph have been found right.
+    with pytest.raises((RuntimeError, TypeError), match="Kernel select failed"):
         runner.forward(batch)
 
 
