@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from llama31_core.checkpoint.staging import staged_file
 from llama31_core.commands.answers import decode_answer
 from llama31_core.commands.interrupts import importing_mindspore
 from llama31_core.commands.prompts import PromptEncoder
+from llama31_core.errors import Llama31Error
 from llama31_core.run_config import RunConfig, load_run_config
 from llama31_tokenizer import Tokenizer
 
@@ -69,10 +71,48 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_run_config(arguments.config, arguments.overrides)
     tokenizer = Tokenizer.from_pretrained(config.load_checkpoint) if config.eval_prompts else None
     prompts = [] if tokenizer is None else [PromptEncoder(tokenizer).encode_prompt(p) for p in config.eval_prompts]
+    if config.parallel.world_size > 1:
+        return _run_rank(config, str(arguments.config))
     with importing_mindspore():  # seconds: after the file is known to be good
         from llama31_core.training.trainer import Trainer
 
     trainer = Trainer(config, str(arguments.config), prompts)
+    return _train(config, trainer, tokenizer)
+
+
+def _run_rank(config: RunConfig, source: str) -> int:
+    """The run on one of several ranks: rank 0 speaks for all, and what stops one at the start stops all."""
+    from llama31_core.parallel.launch import find_rank
+
+    rank = int(os.environ.get("RANK_ID", "0"))
+    try:
+        find_rank(config.parallel, source)
+        with importing_mindspore():
+            from llama31_core.parallel.run import join_run
+            from llama31_core.training.trainer import Trainer
+
+        ranks, problem, trainer = join_run(config, source), "", None
+        try:
+            trainer = Trainer(config, source, ranks=ranks)
+        except Llama31Error as error:
+            problem = str(error)
+        ranks.agree({}, problem)
+    except Llama31Error:
+        if rank == 0:
+            raise
+        print("this rank cannot begin; rank 0 says why", file=sys.stderr)
+        return 1
+    assert trainer is not None
+    if ranks.is_first:
+        return _train(config, trainer, None)
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
+    trainer.train((), terminated.is_set)
+    return 0
+
+
+def _train(config: RunConfig, trainer: Trainer, tokenizer: Tokenizer | None) -> int:
+    """Train, and say how it goes."""
     size = trainer.config.num_parameters
     print(f"{size:,} parameters, {trainer.num_steps} steps; the first one compiles", flush=True)
     if trainer.start_step:

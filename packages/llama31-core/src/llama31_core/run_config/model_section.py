@@ -58,6 +58,7 @@ class ModelSection(Section):
     compute_dtype: DtypeName = "bfloat16"
     param_init_type: DtypeName = "bfloat16"
     offset: int | tuple[int, ...] = 0
+    pp_interleave_num: int = Field(default=1, ge=1)
 
     def precision(self, device_target: str) -> Precision:
         """Number types on a device."""

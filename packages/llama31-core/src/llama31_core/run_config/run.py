@@ -43,7 +43,7 @@ class AnyRunConfig(Section):
         """The mesh of devices."""
         if not self.use_parallel:
             return ParallelConfig()
-        return mesh_of(self.parallel_config, self.parallel_context, section.offset)
+        return mesh_of(self.parallel_config, self.parallel_context, section.offset, section.pp_interleave_num)
 
 
 class RunConfig(AnyRunConfig):

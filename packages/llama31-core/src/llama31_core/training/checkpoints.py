@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ from llama31_core.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 from llama31_core.training.lora import Lora, peft_config, peft_name
 
 Arrays = dict[str, npt.NDArray[np.float32]]
+
+Slices = Callable[[str], tuple[slice, ...]]
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8})")
@@ -198,8 +200,19 @@ def _copy(arrays: Arrays) -> Arrays:
     return {name: value.copy() for name, value in arrays.items()}
 
 
-def load_checkpoint(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Arrays, TrainerState]:
+def whole(name: str) -> tuple[slice, ...]:
+    """All of a tensor."""
+    return ()
+
+
+def load_checkpoint(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], slices: Slices = whole
+) -> tuple[Arrays, TrainerState]:
     """AdamW's moments and the state of a run; the weights are read as those of any model directory.
+
+    Args:
+        shapes: of the moments that are wanted, or of this rank's slices of them.
+        slices: which part of a moment that is.
 
     Raises:
         CheckpointError: something is missing, or is of another shape.
@@ -209,24 +222,24 @@ def load_checkpoint(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> t
         state = TrainerState(**values)
     except TypeError as error:
         raise CheckpointError(f"{directory / _STATE} is not the state of a run: {error}") from error
-    return _load_arrays(directory / _OPTIMIZER, shapes), state
+    return _load_arrays(directory / _OPTIMIZER, shapes, slices), state
 
 
-def load_average(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
-    """The moving average of a run.
+def load_average(directory: Path, shapes: Mapping[str, tuple[int, ...]], slices: Slices = whole) -> Arrays:
+    """The moving average of a run; arguments as of `load_checkpoint`.
 
     Raises:
         CheckpointError: there is none, or it is of another shape.
     """
-    return _load_arrays(directory / _AVERAGE, shapes)
+    return _load_arrays(directory / _AVERAGE, shapes, slices)
 
 
-def _load_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+def _load_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]], slices: Slices) -> Arrays:
     files = open_tensor_files(path)
     try:
-        if set(files.tensors) != set(shapes):
+        if not set(shapes) <= set(files.tensors) or (slices is whole and len(files.tensors) > len(shapes)):
             raise CheckpointError(f"{path} is of another model: its names differ")
-        arrays = {name: files.read_slice(name, ()).astype(np.float32) for name in shapes}
+        arrays = {name: files.read_slice(name, slices(name)).astype(np.float32) for name in shapes}
     finally:
         files.close()
     for name, array in arrays.items():

@@ -36,6 +36,6 @@ class StepFlops:
         pairs = 12.0 * config.n_layers * config.n_heads * config.head_dim
         return cls(float(each * in_layers), float(each * config.vocab_size * config.dim), pairs)
 
-    def count(self, num_tokens: int, num_labels: int, num_pairs: int) -> float:
+    def count(self, num_tokens: int, num_labels: float, num_pairs: float) -> float:
         """Of a batch."""
         return self.per_token * num_tokens + self.per_label * num_labels + self.per_pair * num_pairs

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from llama31_core.errors import ConfigError
+from llama31_core.parallel.schedule import check_micro_batches
 from llama31_core.run_config import RunConfig
 from llama31_core.training.schedule import learning_rate, plan_warmup
 
@@ -42,6 +43,9 @@ class RunPlan:
         """
         runner, schedule = run.runner_config, run.lr_schedule
         accumulated = runner.gradient_accumulation_steps
+        if run.parallel.pp > 1:
+            accumulated *= run.parallel_config.micro_batch_num
+            check_micro_batches(run.parallel.pp, run.parallel.interleave, accumulated)
         steps_per_epoch = batches_per_epoch // accumulated
         if not steps_per_epoch:
             raise ConfigError(

@@ -21,7 +21,7 @@ from llama31_core.training.lora import Lora, adapted_modules, adapter_values, fi
 from llama31_core.training.weights import TrainedWeights
 
 
-def check_run(run: RunConfig, source: str) -> None:
+def check_run(run: RunConfig, source: str, num_ranks: int) -> None:
     """See that the file names what a run needs.
 
     Raises:
@@ -35,15 +35,18 @@ def check_run(run: RunConfig, source: str) -> None:
         raise ConfigError(f"{source}: eval_dataset.data_loader.dataset_dir is empty; set it, or do_eval=False")
     if run.eval_prompts and not run.do_eval:
         raise ConfigError(f"{source}: eval_prompts are completed at evaluations; set do_eval=True")
-    if run.parallel.world_size != 1:
-        raise ConfigError(
-            f"{source}: parallel_config makes {run.parallel.world_size} ranks, this trains on one; "
-            f"set use_parallel=False"
-        )
+    if run.parallel.world_size != num_ranks:
+        raise ConfigError(f"{source}: parallel_config makes {run.parallel.world_size} ranks, {num_ranks} are there")
+    if num_ranks > 1 and run.eval_prompts:
+        raise ConfigError(f"{source}: eval_prompts are completed by one process alone; leave them out on several ranks")
+    if num_ranks > 1 and run.model_section.pet_config is not None:
+        raise ConfigError(f"{source}: pet_config trains on one rank; set use_parallel=False, or leave it out")
 
 
-def open_data(run: RunConfig, section: DatasetConfig, config: ModelConfig, batch_size: int) -> MindRecordDataset:
-    """The data of a section.
+def open_data(
+    run: RunConfig, section: DatasetConfig, config: ModelConfig, batch_size: int, rank: int, num_ranks: int
+) -> MindRecordDataset:
+    """The data of a section; `rank` and `num_ranks` as there.
 
     Raises:
         DatasetError: see MindRecordDataset.
@@ -55,6 +58,9 @@ def open_data(run: RunConfig, section: DatasetConfig, config: ModelConfig, batch
         batch_size=batch_size,
         seed=run.seed if section.data_loader.shuffle else None,
         num_workers=section.num_parallel_workers,
+        rank=rank,
+        num_ranks=num_ranks,
+        tokenizer_dir=Path(run.load_checkpoint),
     )
 
 

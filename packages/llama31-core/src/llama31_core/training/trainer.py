@@ -18,8 +18,6 @@ from llama31_core.checkpoint.staging import check_destination, staged_file
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError, Llama31Error
 from llama31_core.run_config import RunConfig
-from llama31_core.training.attention import BlockwiseAttention
-from llama31_core.training.backprop import Backprop
 from llama31_core.training.batch import IGNORED_LABEL, Batch
 from llama31_core.training.block import Recompute
 from llama31_core.training.checkpoints import (
@@ -29,6 +27,7 @@ from llama31_core.training.checkpoints import (
     TrainerState,
     load_average,
     load_checkpoint,
+    whole,
 )
 from llama31_core.training.device import measure_flops_per_s, peak_memory_bytes
 from llama31_core.training.ema import MovingAverage
@@ -36,20 +35,18 @@ from llama31_core.training.evaluation import evaluate
 from llama31_core.training.flops import StepFlops
 from llama31_core.training.generation import SampleGenerator
 from llama31_core.training.head import Objective
-from llama31_core.training.lora import LoraTrainedLayers
 from llama31_core.training.loss_scale import LossScale
-from llama31_core.training.optim import AdamW
+from llama31_core.training.ranks import Alone, Ranks
 from llama31_core.training.report import EvalReport, Observer, StepReport
 from llama31_core.training.run_plan import Pace, RunPlan
-from llama31_core.training.start import check_room, check_run, load_values, open_data, plan_lora
+from llama31_core.training.start import check_room, check_run, open_data, plan_lora
 from llama31_core.training.step import StepResult, TrainStep
-from llama31_core.training.weights import TrainedWeights
 
 _LOG = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run on one device.
+    """One run, on one device or as one rank of several.
 
     Everything that can be wrong is checked here, before the first step: configuration, data, weights, output.
 
@@ -57,6 +54,7 @@ class Trainer:
         run: the configuration.
         source: what messages call it.
         sample_prompts: token ids of what is completed at every evaluation.
+        ranks: of the run; this process alone if None.
 
     Attributes:
         config: the model.
@@ -67,14 +65,22 @@ class Trainer:
         ConfigError, CheckpointError, DatasetError, RequestError: naming the file and key.
     """
 
-    def __init__(self, run: RunConfig, source: str, sample_prompts: Sequence[Sequence[int]] = ()) -> None:
-        check_run(run, source)
+    def __init__(
+        self,
+        run: RunConfig,
+        source: str,
+        sample_prompts: Sequence[Sequence[int]] = (),
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._ranks = ranks or Alone()
+        check_run(run, source, self._ranks.num_data_ranks * self._ranks.replica_size)
         self._run, self._source = run, source
         self._model_dir = Path(run.load_checkpoint)
         self.config = ModelConfig.from_pretrained(self._model_dir)
         run.model_section.check_against(self.config, source)
-        self._dataset = open_data(run, run.train_dataset, self.config, run.runner_config.batch_size)
-        self._held_out = open_data(run, run.eval_dataset, self.config, 1) if run.do_eval else None
+        place = (self._ranks.data_rank, self._ranks.num_data_ranks)
+        self._dataset = open_data(run, run.train_dataset, self.config, run.runner_config.batch_size, *place)
+        self._held_out = open_data(run, run.eval_dataset, self.config, 1, *place) if run.do_eval else None
         self._plan = RunPlan.of(run, self._dataset.batches_per_epoch, source)
         self.num_steps = self._plan.num_steps
         self._lora = plan_lora(run, self.config)
@@ -116,20 +122,18 @@ class Trainer:
     def _build(self, sample_prompts: Sequence[Sequence[int]]) -> None:
         ms.set_context(mode=ms.GRAPH_MODE)
         run, wrapper = self._run, self._run.runner_wrapper
-        layers = None if self._lora is None else LoraTrainedLayers(self._lora)
-        self._weights = TrainedWeights(self.config, BlockwiseAttention, layers)
-        load_values(self._weights, self._model_dir, self._lora, self._resumed_from, run.seed)
-        beta1, beta2 = run.optimizer.moments
-        decay = run.optimizer.weight_decay
-        self._optimizer = AdamW(self._weights, beta1=beta1, beta2=beta2, eps=run.optimizer.eps, weight_decay=decay)
+        self._weights = self._ranks.load_weights(run, self.config, self._lora, self._resumed_from)
+        self._optimizer = self._ranks.build_optimizer(self._weights, run)
         recompute: Recompute = "select" if run.recompute_config.select_recompute else "none"
         recompute = "full" if run.recompute_config.recompute else recompute
-        self._backprop = Backprop(self._weights, Objective(wrapper.label_smoothing, wrapper.z_loss), recompute)
+        objective = Objective(wrapper.label_smoothing, wrapper.z_loss)
+        self._backprop = self._ranks.build_backprop(self._weights, objective, recompute)
         self._step = TrainStep(
             self._backprop,
             self._optimizer,
             max_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
             loss_scale=LossScale(wrapper.loss_scale_value, wrapper.loss_scale_factor, wrapper.scale_window),
+            reduction=self._ranks.reduction,
         )
         self._average = None if wrapper.ema_decay is None else MovingAverage(self._weights, wrapper.ema_decay)
         self._samples = None
@@ -141,7 +145,8 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> int:
         shapes = {name: tuple(moment.shape) for name, moment in self._optimizer.moments.items()}
-        moments, state = load_checkpoint(checkpoint, shapes)
+        slices = self._ranks.slices if self._ranks.replica_size * self._ranks.num_data_ranks > 1 else whole
+        moments, state = load_checkpoint(checkpoint, shapes, slices)
         for key, value in self._order().items():
             if state.order.get(key) != value:
                 raise ConfigError(
@@ -152,7 +157,8 @@ class Trainer:
         self._step.loss_scale.value = state.loss_scale
         self._step.loss_scale.num_good_steps = state.num_good_steps
         if self._average is not None:
-            self._average.load(load_average(checkpoint, {n: self._weights.shape(n) for n in self._optimizer.trained}))
+            shapes = {name: self._weights.shape(name) for name in self._optimizer.trained}
+            self._average.load(load_average(checkpoint, shapes, slices))
         return state.step
 
     def _order(self) -> dict[str, int | None]:
@@ -161,7 +167,7 @@ class Trainer:
         return {
             "seed": self._run.seed if shuffled else None,
             "num_records": self._dataset.num_records,
-            "batch_size": self._run.runner_config.batch_size,
+            "batch_size": self._run.runner_config.batch_size * self._ranks.num_data_ranks,
             "gradient_accumulation_steps": self._plan.accumulated,
         }
 
@@ -179,7 +185,8 @@ class Trainer:
             Llama31Error: the loss is no longer a number (the weights of the step before are not saved), or a
                 checkpoint cannot be written.
         """
-        self._checkpoints.clean()
+        if self._ranks.is_first:
+            self._checkpoints.clean()
         batches = self._batches()
         if self.start_step == 0 and self._plan.evaluates_after(0):
             self._evaluate(0, observers)
@@ -187,21 +194,27 @@ class Trainer:
             report = self._take_step(done - 1, [next(batches) for _ in range(self._plan.accumulated)])
             for observer in observers:
                 observer.on_step(report)
-            is_stopped = done < self.num_steps and should_stop()
+            is_stopped = self._ranks.any(done < self.num_steps and should_stop())
             if not is_stopped and self._plan.evaluates_after(done):
                 self._evaluate(done, observers)
             if is_stopped or self._plan.saves_after(done):
                 self._save_checkpoint(done)
             if is_stopped:
                 self._checkpoints.wait()
+                self._ranks.any(False)  # until the first rank has written
                 newest = self._checkpoints.newest()
                 assert newest is not None
                 return newest
         self._checkpoints.wait()
         if self._average is not None:
-            self._files.save(self._average_dir, self._average.arrays(), self.num_steps, {})
-        self._files.save(self._output_dir, self._results(), self.num_steps, {})
+            self._save(self._average_dir, self._ranks.collect(self._average.arrays()))
+        self._save(self._output_dir, self._results())
         return self._output_dir
+
+    def _save(self, directory: Path, values: dict[str, npt.NDArray[np.float32]]) -> None:
+        if self._ranks.is_first:
+            self._files.save(directory, values, self.num_steps, {})
+        self._ranks.any(False)  # no rank ends before the others have what they wait for
 
     def _batches(self) -> Iterator[Batch]:
         """From the first batch of `start_step` on; batches that do not fill a step at an epoch's end are left out."""
@@ -221,7 +234,8 @@ class Trainer:
         if self._average is not None and not result.is_overflow:
             self._average.update()
         elapsed_s = time.perf_counter() - started
-        num_tokens = sum(batch.tokens.size for batch in batches)
+        share = self._ranks.replica_size
+        num_tokens = sum(batch.tokens.size for batch in batches) // share
         own_labels = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
         num_pairs = sum(int((batch.positions + 1).sum()) for batch in batches)
         return StepReport(
@@ -234,7 +248,7 @@ class Trainer:
             step_time_s=elapsed_s,
             num_tokens=num_tokens,
             num_label_tokens=result.num_label_tokens,
-            flops=self._flops.count(num_tokens, own_labels, num_pairs),
+            flops=self._flops.count(num_tokens, own_labels / share, num_pairs / share),
             peak_flops_per_s=peak,
             memory_bytes=peak_memory_bytes(),
             eta_s=self._pace.eta_s(elapsed_s, self.num_steps - index - 1),
@@ -255,7 +269,8 @@ class Trainer:
             return
         records = [number for batch in batches for number in batch.record_numbers]
         data = self._run.train_dataset.data_loader.dataset_dir
-        path = Path(self._run.output_dir) / f"stopped_at_step_{index + 1:08d}.json"
+        place = f"_data_rank_{self._ranks.data_rank}" if self._ranks.num_data_ranks > 1 else ""
+        path = Path(self._run.output_dir) / f"stopped_at_step_{index + 1:08d}{place}.json"
         dump = {"step": index + 1, "loss": str(result.loss), "grad_norm": str(result.grad_norm), "data": data}
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(path, overwrite=True) as part:
@@ -267,9 +282,11 @@ class Trainer:
 
     def _evaluate(self, step: int, observers: Sequence[Observer]) -> None:
         assert self._held_out is not None
-        held_out = evaluate(self._backprop, self._held_out, self._run.runner_config.batch_size)
+        sum_number = self._ranks.reduction.sum_number
+        held_out = evaluate(self._backprop, self._held_out, self._run.runner_config.batch_size, sum_number)
         keeps_best = step > 0 and self._plan.save_steps > 0 and math.isfinite(held_out.loss)
-        is_best = keeps_best and self._checkpoints.save_best(self._results(), step, held_out.loss)
+        results = self._results() if keeps_best else {}
+        is_best = bool(results) and self._checkpoints.save_best(results, step, held_out.loss)
         samples = () if self._samples is None else self._samples.generate()
         report = EvalReport(
             step, self.num_steps, held_out.loss, held_out.num_label_tokens, held_out.elapsed_s, is_best, samples
@@ -278,14 +295,16 @@ class Trainer:
             observer.on_evaluation(report)
 
     def _results(self) -> dict[str, npt.NDArray[np.float32]]:
-        """What is saved: all weights, or the changes alone."""
+        """What is saved, on the rank that saves: all weights, or the changes alone."""
         if self._lora is None:
-            return dict(self._weights.arrays())
+            return self._ranks.collect(dict(self._weights.arrays()))
         return {name: self._weights.tensors[name].asnumpy() for name in self._optimizer.trained}
 
     def _save_checkpoint(self, step: int) -> None:
         scale = self._step.loss_scale
         state = TrainerState(step, self._optimizer.num_updates, scale.value, scale.num_good_steps, self._order())
-        moments = {name: moment.asnumpy() for name, moment in self._optimizer.moments.items()}
-        average = None if self._average is None else self._average.arrays()
-        self._checkpoints.save(self._results(), moments, state, average)
+        own_moments = {name: moment.asnumpy() for name, moment in self._optimizer.moments.items()}
+        moments, results = self._ranks.collect_moments(own_moments), self._results()
+        average = None if self._average is None else self._ranks.collect(self._average.arrays())
+        if self._ranks.is_first:
+            self._checkpoints.save(results, moments, state, average)
