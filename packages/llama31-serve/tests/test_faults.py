@@ -231,6 +231,22 @@ async def test_cancelled_reader_is_a_cancelled_task(serve: Serve) -> None:
         assert isinstance(results[0], asyncio.CancelledError)
 
 
+async def test_a_reader_that_is_cancelled_as_its_call_begins_ends_the_call(serve: Serve) -> None:
+    """Just then, between the sent request and the first read, gRPC itself would let it go on."""
+    async with serve(EchoEngine(vocab_size=259, step_s=0.005)) as running:
+        stream = running.client.generate_stream("abc", max_tokens=4000)
+
+        async def read() -> None:
+            await anext(stream)
+
+        task = asyncio.create_task(read())
+        stream._call._preparation.add_done_callback(lambda _: task.cancel())  # before the reader waits for it
+        results = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(results[0], asyncio.CancelledError)
+        assert stream._call.cancelled()
+        await running.until(lambda: running.server.admission.num_held == 0)
+
+
 async def test_no_request_is_refused_for_places_that_cancelled_ones_left(serve: Serve) -> None:
     async with serve(EchoEngine(vocab_size=259, step_s=0.001), max_running=1) as running:
         for _ in range(50):

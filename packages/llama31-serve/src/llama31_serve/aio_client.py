@@ -52,6 +52,7 @@ class AsyncTextStream:
             task = asyncio.current_task()
             if self._call.cancelled() and (task is None or not task.cancelling()):  # the call was, not this task
                 raise CancelledError(grpc.StatusCode.CANCELLED, "the stream was cancelled here") from None
+            self._call.cancel()  # gRPC does it too, but not between the sent request and the first read
             raise
 
     async def __aenter__(self) -> AsyncTextStream:
