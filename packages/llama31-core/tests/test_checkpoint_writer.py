@@ -16,6 +16,7 @@ from llama31_core.checkpoint import (
     cast,
     describe_file,
     dtype_of,
+    hashed_file,
     open_weights,
     save_weights,
     staged_directory,
@@ -99,33 +100,22 @@ def test_an_existing_file_stays_unless_overwritten(tmp_path: Path) -> None:
 @pytest.fixture
 def _disk_fills_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third write of every file meets a full disk."""
-    real_open = Path.open
+    real_write = os.pwrite
 
-    class Filling:
-        def __init__(self, file: Any) -> None:
-            self.file, self.writes = file, 0
+    def write(descriptor: int, data: Any, offset: int) -> int:
+        if offset >= 2 * 4096:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_write(descriptor, data, offset)
 
-        def write(self, data: Any) -> int:
-            self.writes += 1
-            if self.writes > 2:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return int(self.file.write(data))
-
-        def close(self) -> None:
-            self.file.close()
-
-    def open_filling(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        file = real_open(path, mode, *args, **kwargs)
-        return Filling(file) if "b" in mode and "w" in mode else file
-
-    monkeypatch.setattr(Path, "open", open_filling)
+    monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(hashed_file, "_BLOCK_BYTES", 4096)
 
 
 @pytest.mark.usefixtures("_disk_fills_up")
 @pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
 def test_a_disk_that_fills_up_leaves_nothing(name: str, tmp_path: Path) -> None:
     def arrays() -> Iterator[tuple[str, Array]]:
-        yield from ((f"t{i}", np.ones((4, 4), np.float32)) for i in range(5))
+        yield from ((f"t{i}", np.ones((32, 32), np.float32)) for i in range(5))
 
     with pytest.raises(CheckpointError, match="No space left on device; free space"):
         save_weights(tmp_path / "new" / name, arrays())

@@ -6,30 +6,25 @@ write where they are told; `staging` makes the place and renames it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
 from llama31_core.checkpoint.ckpt_format import build_value_start
 from llama31_core.checkpoint.dtypes import Array, DType, cast, dtype_of
 from llama31_core.checkpoint.files import INDEX_NAME, SINGLE_NAME
+from llama31_core.checkpoint.hashed_file import HashedFile
+from llama31_core.checkpoint.hashed_file import WrittenFile as WrittenFile
 from llama31_core.checkpoint.safetensors_format import build_header
 from llama31_core.checkpoint.staging import staged_file, write_error
 from llama31_core.errors import CheckpointError
 
 MINDSPORE_METADATA = {"format": "ms"}  # what MindSpore's own save_checkpoint writes
 CHUNK_BYTES = 8 << 20  # each costs the threads a few hand-overs of the interpreter's lock
-_MAX_UNHASHED = 4
-_SYNC_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -45,62 +40,8 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.size_bytes
 
 
-@dataclass(frozen=True)
-class WrittenFile:
-    """A finished file, as the manifest lists it."""
-
-    name: str
-    sha256: str
-    size_bytes: int
-
-
 # The chunks of one tensor in row-major order; they need not be of equal size.
 ChunkSource = Callable[[TensorSpec], Iterable[Array]]
-
-
-class _HashedFile:
-    """A new file. Two threads follow the writing: one computes its sha256, one brings what is written to disk."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._hash = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1)
-        self._unhashed: deque[Future[None]] = deque()
-        self._syncer = ThreadPoolExecutor(1)
-        self._syncing: Future[None] | None = None
-        self._unsynced = 0
-        self._file = path.open("wb", buffering=0)
-        self.size_bytes = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Write `data`, which must not change afterwards."""
-        self._unhashed.append(self._hasher.submit(self._hash.update, data))
-        if len(self._unhashed) > _MAX_UNHASHED:
-            self._unhashed.popleft().result()
-        done = 0
-        while done < len(data):
-            done += self._file.write(data[done:])
-        self.size_bytes += len(data)
-        self._unsynced += len(data)
-        if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
-            # Otherwise all of it waits in memory for the fsync at the end, while the disk has nothing to do.
-            self._unsynced = 0
-            self._syncing = self._syncer.submit(os.fdatasync, self._file.fileno())
-
-    def __enter__(self) -> _HashedFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._hasher.shutdown()
-        self._syncer.shutdown()
-        self._file.close()
-        if error is None and self._syncing is not None:
-            self._syncing.result()  # a failing disk is an error, not a thread's last words
-
-    def finished(self) -> WrittenFile:
-        return WrittenFile(self.path.name, self._hash.hexdigest(), self.size_bytes)
 
 
 def write_safetensors(
@@ -132,7 +73,7 @@ def _write(
     chunk_start: Callable[[TensorSpec, int], bytes],
 ) -> WrittenFile:
     try:
-        with _HashedFile(path) as file:
+        with HashedFile(path) as file:
             file.write(header)
             for spec in specs:
                 written = 0
@@ -179,7 +120,7 @@ def write_index(directory: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> 
         return None
     path = directory / INDEX_NAME
     try:
-        with _HashedFile(path) as file:
+        with HashedFile(path) as file:
             file.write(build_index(shards).encode())
         return file.finished()
     except OSError as error:
