@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--train_data", dest="train_dataset", help="the same")
     parser.add_argument("--eval_dataset", help="the same, to evaluate on")
     parser.add_argument("--predict_data", nargs="+", help="prompts; or one text file with a prompt a line")
-    parser.add_argument("--max_length", type=int, help="tokens of prompt and answer (max_decode_length)")
+    parser.add_argument(
+        "--max_length", type=int, help="tokens of prompt and answer, the engine's max_seq_len (max_decode_length)"
+    )
     parser.add_argument("--remote_save_url", help="no effect")
     parser.add_argument("--vocab_file", help="tokenizer.model; of the directory of the weights if not given")
     parser.add_argument("--dp", type=int, help="data_parallel")

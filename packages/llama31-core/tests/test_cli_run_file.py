@@ -169,6 +169,16 @@ def test_weights_without_any_architecture_are_refused(tmp_path: Path, capsys: py
     assert "missing hidden_size" in errors
 
 
+def test_a_prompt_that_leaves_no_room(
+    model_dir: Path, runners: list[SumRunner], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run.yaml", model_dir)
+    assert main(["predict", "--config", str(run), "--raw", "--prompt", "x" * 24]) == 1
+    assert "24 tokens leaves no room in the 24 tokens of a request; shorten the prompt or raise max_seq_len" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [([], "no model is named; give MODEL_DIR, or --config"), (["{model}", "--set", "seed=1"], "give --config too")],

@@ -64,9 +64,12 @@ class RequestLimits:
         most = room if options.max_output_tokens is None else min(room, options.max_output_tokens)
         max_tokens = most if params.max_tokens is None else params.max_tokens
         if room < 1 or max_tokens > room:
+            what, lower = f"a prompt of {num_prompt} tokens leaves no room in", ""
+            if params.max_tokens is not None:
+                what = f"a prompt of {num_prompt} tokens and max_tokens={params.max_tokens} exceed"
+                lower = ", lower max_tokens"
             raise RequestError(
-                f"a prompt of {num_prompt} tokens and max_tokens={params.max_tokens} exceed the {self.max_seq_len} "
-                f"tokens of a request; shorten the prompt, lower max_tokens or raise max_seq_len"
+                f"{what} the {self.max_seq_len} tokens of a request; shorten the prompt{lower} or raise max_seq_len"
             )
         return max_tokens
 
