@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama31_ckpt.gguf_format import MAGIC
+from llama31_ckpt.hub import local_checkpoint
 from llama31_ckpt.meta_format import is_meta_directory, open_meta
 from llama31_ckpt.shard_source import is_sharded, open_shards
 from llama31_ckpt.torch_format import Joined, TorchWeights, load_tensors
@@ -98,7 +99,7 @@ def open_source(path: Path, *, config_path: Path | None = None, layout: Layout |
     """Open whatever checkpoint is at `path`.
 
     Args:
-        path: a directory or a weights file.
+        path: a directory or a weights file; `org/name` of the Hugging Face Hub if there is no such path.
         config_path: a `config.json` or a directory with one, where the checkpoint has none beside it.
         layout: of a checkpoint over ranks that has no manifests of ours.
 
@@ -106,8 +107,7 @@ def open_source(path: Path, *, config_path: Path | None = None, layout: Layout |
         CheckpointError: nothing there, damaged, or an unknown format.
         ConfigError: a config that describes no Llama.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+    path = local_checkpoint(path)
     if is_sharded(path):
         return _open_ranks(path, config_path, layout)
     if is_meta_directory(path):
