@@ -5,10 +5,11 @@ them alike; the figures are medians over the rounds, and the ratios medians of e
 was ready and waited for a core that others had is taken off (Linux counts it in /proc), so that a shared machine tells
 the same as a free one. The ids of all are compared first.
 
-One thread means one: TOKENIZERS_PARALLELISM=false and RAYON_NUM_THREADS=1 for every library. tokenizers is called in
-both its ways: `encode(text).ids`, and `encode_batch_fast([text])`, which leaves out the offsets nobody asked for;
-ratios are to the first unless the column says fast. Raw tiktoken is its Encoding built by tiktoken's own loader with
-the pattern Meta publishes, called through `encode_ordinary`. The engine fastokens remembers pieces it has seen, so each
+One thread means one: TOKENIZERS_PARALLELISM=false and RAYON_NUM_THREADS=1 for every library. The table of threads is
+`encode_batch` against itself, timed in the calling thread, which works too. tokenizers is called in both its ways:
+`encode(text).ids`, and `encode_batch_fast([text])`, which leaves out the offsets nobody asked for; ratios are to the
+first unless the column says fast. Raw tiktoken is its Encoding built by tiktoken's own loader with the pattern Meta
+publishes, called through `encode_ordinary`. The engine fastokens remembers pieces it has seen, so each
 of its rounds is a process of its own that sees every text once; the time to load stands beside. The merging limit is
 what tiktoken's merging alone allows: the same texts in a vocabulary that has every one of their pieces as a token, so
 that no piece is merged, give the seconds for cutting and looking up, and the rest is merging.
