@@ -64,6 +64,50 @@ def test_filters_equal_transformers(
     np.testing.assert_allclose(got, hf_probabilities(logits, processors, [0]), atol=1e-9)
 
 
+def sorted_reference(logits: npt.NDArray[np.float32], params: SamplingParams) -> npt.NDArray[Any]:
+    """The filters as their papers say, over all tokens in order."""
+    scores = logits.astype(np.float64) / params.temperature
+    order = np.argsort(-scores, kind="stable")
+    chances = np.exp(scores[order] - scores.max())
+    chances /= chances.sum()
+    if params.top_k:
+        chances[params.top_k :] = 0
+        chances /= chances.sum()
+    if params.top_p < 1:
+        chances[np.cumsum(chances) - chances >= params.top_p] = 0
+        chances /= chances.sum()
+    chances[chances < params.min_p * chances.max()] = 0
+    full = np.zeros(len(logits))
+    full[order] = chances / chances.sum()
+    return full
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([300, 3000, 20_000]),
+    st.floats(0.2, 30),
+    st.sampled_from([0, 0, 7, 500]),
+    st.floats(0.05, 1),
+    st.sampled_from([0.0, 0.0, 0.01, 0.3]),
+    st.integers(0, 2500),
+)
+def test_large_vocabularies_equal_a_plain_reference(
+    seed: int, size: int, temperature: float, top_k: int, top_p: float, min_p: float, num_equal: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, size).astype(np.float32)
+    if not top_k:  # which of equal ones are among the k is left open
+        logits[rng.integers(0, size, min(num_equal, size))] = 1.5
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    ids, probabilities = candidates(logits, params)
+    full = np.zeros(size)
+    full[ids] = probabilities
+    # A sum that differs in its last bit may take one more of the least likely ones.
+    np.testing.assert_allclose(full, sorted_reference(logits, params), atol=2 * probabilities.min())
+    assert abs(np.count_nonzero(full) - np.count_nonzero(sorted_reference(logits, params))) <= 1
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
@@ -128,6 +172,15 @@ def test_logprobs_are_those_of_the_model_and_equal_torch() -> None:
     assert [token for token, _ in report.top] == top.indices.tolist()
     np.testing.assert_allclose([value for _, value in report.top], top.values.numpy())
     assert Sampler(SamplingParams()).logprobs(logits, 9) is None
+
+
+def test_equal_tokens_are_reported_by_their_ids() -> None:
+    report = Sampler(SamplingParams(logprobs=3)).logprobs(np.array([0, 2, 1, 2, 2, 2], np.float32), 0)
+    assert report is not None
+    assert [token for token, _ in report.top] == [1, 3, 4]
+    none = Sampler(SamplingParams(logprobs=0)).logprobs(np.zeros(3, np.float32), 2)
+    assert none is not None
+    assert (none.token_id, none.top) == (2, ())
 
 
 @pytest.mark.parametrize(

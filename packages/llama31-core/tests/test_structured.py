@@ -101,7 +101,7 @@ scalars = st.one_of(
     st.fixed_dictionaries({"type": st.just("number"), "minimum": small, "maximum": st.integers(6, 2000)}),
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": ["null", "boolean"]}]),
     st.builds(lambda values: {"enum": values}, st.lists(st.text(max_size=4) | small, min_size=1, max_size=3)),
-    st.builds(lambda pattern: {"type": "string", "pattern": pattern}, st.sampled_from(["^[a-c]{1,3}$", r"^\d\d?$"])),
+    st.builds(lambda pattern: {"type": "string", "pattern": pattern}, st.sampled_from(["^[a-c]{1,3}$", "^[0-9]{1,2}$"])),
 )
 
 
@@ -137,7 +137,8 @@ def test_json_without_a_schema() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"[A-Z][a-z]{2,8} \d{4}-\d\d", "(yes|no)!*", "é+x?", "[^a]{0,5}", r"[^@.]{3}@[a-z0-9]{1,5}\.(de|com)"]
+    "pattern",
+    ["[A-Z][a-z]{2,8} [0-9]{4}-[0-9]{2}", "(yes|no)!*", "é+x?", "[^a]{0,5}", r"[^@.]{3}@[a-z0-9]{1,5}\.(de|com)"],
 )
 def test_a_completion_is_a_whole_match(pattern: str) -> None:
     for seed in range(10):
@@ -147,10 +148,9 @@ def test_a_completion_is_a_whole_match(pattern: str) -> None:
 
 def test_a_grammar_that_is_not_regular() -> None:
     for seed in range(10):
-        text = write(compiler().lark('start: "(" start ")" start | "x"'), seed=seed)
-        depths = np.cumsum([{"(": 1, ")": -1}.get(character, 0) for character in text])
-        assert depths[-1] == 0
-        assert depths.min() >= 0
+        text = write(compiler().lark('start: "(" start ")" | "x"'), seed=seed)
+        depth = text.index("x")
+        assert text == "(" * depth + "x" + ")" * depth
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,6 +19,7 @@ from llama31_core.inference.sampling_params import SamplingParams
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
+_FEW = 256  # tokens that a nucleus is looked for among, before more are sorted
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TokenLogprobs:
     def of(cls, logits_V: npt.NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
         """The report on `token` and the `count` likeliest ones, given the logits (V,)."""
         scores = log_softmax(logits_V)
-        likeliest = np.argsort(-scores, kind="stable")[:count]
+        likeliest = _largest(scores, count)[:count] if count else ()
         return cls(token, float(scores[token]), tuple((int(i), float(scores[i])) for i in likeliest))
 
 
@@ -158,33 +159,53 @@ def log_softmax(scores: Floats | npt.NDArray[np.float32]) -> Floats:
 
 
 def candidates(scores_V: Floats | npt.NDArray[np.float32], params: SamplingParams) -> tuple[Ids, Floats]:
-    """The tokens that may be drawn, most likely first, and their probabilities (which sum to 1).
+    """The tokens that may be drawn and their probabilities (which sum to 1), in an order that depends on these alone.
 
     Each filter works on what the one before left, with probabilities that sum to 1 again.
     """
     scores = scores_V.astype(np.float64) / params.temperature
     ids = np.flatnonzero(scores > -np.inf)  # what a ban or a mask leaves
+    scores = scores[ids]
     if 0 < params.top_k < len(ids):
-        ids = ids[np.argpartition(-scores[ids], params.top_k - 1)[: params.top_k]]
-    ids = ids[np.argsort(-scores[ids], kind="stable")]
-    weights = np.exp(scores[ids] - scores[ids[0]])
+        kept = np.argpartition(-scores, params.top_k - 1)[: params.top_k]
+        ids, scores = ids[kept], scores[kept]
+    weights = np.exp(scores - scores.max())
     probabilities = weights / weights.sum()
     if params.top_p < 1:
-        before = np.cumsum(probabilities) - probabilities
-        ids, probabilities = _keep(before < params.top_p, ids, probabilities)
+        ids, probabilities = _keep(_nucleus(probabilities, params.top_p), ids, probabilities)
     if params.min_p > 0:
-        ids, probabilities = _keep(probabilities >= params.min_p * probabilities[0], ids, probabilities)
+        ids, probabilities = _keep(probabilities >= params.min_p * probabilities.max(), ids, probabilities)
     if params.typical_p < 1:
         with np.errstate(divide="ignore", invalid="ignore"):
             surprise = -np.log(probabilities)
             entropy = np.nansum(probabilities * surprise)
         order = np.argsort(np.abs(surprise - entropy), kind="stable")
         before = np.cumsum(probabilities[order]) - probabilities[order]
-        typical = np.zeros(len(ids), bool)
-        typical[order] = before < params.typical_p
-        ids, probabilities = _keep(typical, ids, probabilities)
+        ids, probabilities = _keep(order[before < params.typical_p], ids, probabilities)
     return ids, probabilities
 
 
-def _keep(kept: npt.NDArray[np.bool_], ids: Ids, probabilities: Floats) -> tuple[Ids, Floats]:
+def _nucleus(probabilities: Floats, top_p: float) -> Ids:
+    """The fewest indexes whose probabilities reach `top_p`, likeliest first. Sorts as few as it can."""
+    count = _FEW
+    while True:
+        head = _largest(probabilities, count)
+        sums = np.cumsum(probabilities[head])
+        if sums[-1] >= top_p or len(head) == len(probabilities):
+            nucleus: Ids = head[sums - probabilities[head] < top_p]
+            return nucleus
+        count *= 8
+
+
+def _largest(values: Floats, count: int) -> Ids:
+    """Indexes of the `count` largest values and of those that equal the least of them, largest first."""
+    head = np.arange(len(values))
+    if count < len(values):
+        border = np.partition(values, len(values) - count)[len(values) - count]
+        head = np.flatnonzero(values >= border)
+    largest: Ids = head[np.argsort(-values[head], kind="stable")]
+    return largest
+
+
+def _keep(kept: npt.NDArray[np.bool_] | Ids, ids: Ids, probabilities: Floats) -> tuple[Ids, Floats]:
     return ids[kept], probabilities[kept] / probabilities[kept].sum()
