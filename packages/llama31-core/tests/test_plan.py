@@ -186,6 +186,16 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_architecture_may_be_that_of_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ModelConfig.preset("smollm2-135m").save_pretrained(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text("lr_schedule: {learning_rate: 1.0e-5}\nmodel: {model_config: {seq_length: 256}}")
+    command = ["plan", "--config", str(tmp_path / "run.yaml"), "--device", "cpu"]
+    assert main([*command, f"load_checkpoint={tmp_path / 'model'}"]) == 0
+    assert "134,515,008 parameters" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "they say what the model's architecture is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.parallel.mesh import ParallelConfig
 from llama31_core.plan.hardware import Device
-from llama31_core.run_config import PredictConfig, RunConfig
+from llama31_core.run_config import ModelSection, PredictConfig, RunConfig
 
 RecomputePolicy = Literal["none", "select", "full"]
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -66,7 +67,7 @@ class TrainWorkload:
             raise ConfigError(
                 f"{source}: model.model_config.pet_config is set, plan counts the training of all weights"
             )
-        config = section.architecture(source)
+        config = _architecture(run, section, source)
         recompute: RecomputePolicy = "select" if run.recompute_config.select_recompute else "none"
         micro_batches = run.runner_config.gradient_accumulation_steps
         if run.use_parallel:
@@ -147,7 +148,7 @@ class PredictWorkload:
         from llama31_core.inference.options import EngineOptions
 
         section, options = run.model_section, EngineOptions()
-        config = section.architecture(source)
+        config = _architecture(run, section, source)
         run.parallel.check(config)
         return cls(
             config,
@@ -160,3 +161,16 @@ class PredictWorkload:
             section.param_init_type,
             section.compute_dtype,
         )
+
+
+def _architecture(run: RunConfig | PredictConfig, section: ModelSection, source: str) -> ModelConfig:
+    """That of the model directory that the file names, if it is there, with which the file must agree; else the file's.
+
+    Raises:
+        ConfigError: neither says it, or they differ.
+    """
+    if not run.load_checkpoint or not (Path(run.load_checkpoint) / "config.json").is_file():
+        return section.architecture(source)
+    config = ModelConfig.from_pretrained(run.load_checkpoint)
+    section.check_against(config, source)
+    return config
