@@ -17,6 +17,7 @@ from llama31_serve.server.options import join_address
 
 CLOSE_GRACE_S = 1
 BACKLOG = 512
+KEEP_ALIVE_S = 20  # between two requests of a connection; less than the patience below
 REQUEST_TIMEOUT_S = 30.0  # for the headers of a request; call.py has the same patience with its body
 UNREAD_TIMEOUT_S = 60.0  # a client that takes nothing for so long is cut off
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
@@ -66,6 +67,7 @@ class HttpListener:
             access_log=False,
             server_header=False,
             ws="none",
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=CLOSE_GRACE_S,
         )
         config.load()
