@@ -217,7 +217,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(zipped: bool, confi
         torch.save(content, path / "pytorch_model.bin")
     else:
         (path / "pytorch_model.bin").write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(Llama31Error, match="cannot be loaded as tensors alone"):
+    with pytest.raises(Llama31Error, match=r"cannot be loaded as tensors alone: it asks .*which may run code"):
         open_source(path)
     assert not (tmp_path / "executed").exists()
 

@@ -7,6 +7,8 @@ tensor is read when it is asked for. torch is an optional dependency (`pip insta
 from __future__ import annotations
 
 import importlib
+import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,11 +125,21 @@ def load_tensors(path: Path) -> dict[str, Any]:
             mapped = file.read(2) == b"PK"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the unpickler interprets foreign bytes, and raises whatever they lead it to
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be loaded as tensors alone: {reason}") from error
+        raise CheckpointError(f"{path} cannot be loaded as tensors alone: {_reason(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected tensors by name")
     for name, tensor in content.items():
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path}: entry {name!r} is a {type(tensor).__name__}, expected a tensor")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """Why torch did not load a file, without its advice to load it all the same."""
+    text = str(error).strip()
+    if isinstance(error, pickle.UnpicklingError):
+        blocked = re.search(r"GLOBAL (\S+)", text)
+        what = f"to load {blocked[1]}" if blocked else "what is no tensor"
+        return f"it asks {what}, which may run code; get the weights as safetensors"
+    first = text.splitlines()[0][:200] if text else type(error).__name__
+    return f"{first.split('  (')[0]}; it is damaged or no PyTorch file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -183,5 +184,6 @@ def sync(path: Path) -> None:
 
 def write_error(path: Path, error: OSError) -> CheckpointError:
     """What to tell the user when writing `path` failed."""
-    advice = "free space or choose another place" if error.errno in (28, 122) else "check the path and its permissions"
+    no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "free space or choose another place" if no_room else "check the path and its permissions"
     return CheckpointError(f"{path} cannot be written: {error.strerror or error}; {advice}")
