@@ -110,13 +110,8 @@ class Engine:
                 given and one of the others too.
             CheckpointError: the weights are missing, damaged or of another shape.
         """
-        sizes = {
-            "max_seq_len": max_seq_len,
-            "num_blocks": num_blocks,
-            "block_size": block_size,
-            "max_batch_size": max_batch_size,
-            "max_prefill_tokens": max_prefill_tokens,
-        }
+        sizes = {"max_seq_len": max_seq_len, "num_blocks": num_blocks, "block_size": block_size}
+        sizes |= {"max_batch_size": max_batch_size, "max_prefill_tokens": max_prefill_tokens}
         given = {name: value for name, value in sizes.items() if value is not None}
         if options is not None and given:
             raise ConfigError(f"options and {', '.join(given)} are given; put {', '.join(given)} into the options")
@@ -137,10 +132,8 @@ class Engine:
             return cls(plan.config, runner, plan.options, adapters=runner.adapters)
         from llama31_core.inference.draft_model import DraftModelProposer
 
-        draft_runner = GraphRunner.from_pretrained(
-            Path(draft_model_dir), draft.config, draft.cache, draft.options, draft.precision
-        )
-        proposer = DraftModelProposer(draft_runner, runner)
+        sizes = (draft.config, draft.cache, draft.options, draft.precision)
+        proposer = DraftModelProposer(GraphRunner.from_pretrained(Path(draft_model_dir), *sizes), runner)
         return cls(plan.config, runner, plan.options, proposer=proposer, adapters=runner.adapters)
 
     @property
