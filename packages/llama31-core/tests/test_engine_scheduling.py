@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError, RequestError
+from llama31_core.inference.batch import ForwardInput
 from llama31_core.inference.engine import Engine
 from llama31_core.inference.options import EngineOptions
 from llama31_core.inference.sampling_params import SamplingParams
@@ -212,3 +214,42 @@ def test_beams_that_made_room_come_back_into_a_cache_that_just_holds_them(seed: 
     for _ in range(500):
         engine.step()
     assert not engine.has_unfinished()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.sampled_from([0, 2]),
+)
+def test_prompts_hold_up_running_requests_for_no_more_than_one_chunk(
+    prompts: list[int], max_prefill_tokens: int, max_prefill_batch_size: int, num_speculative_tokens: int
+) -> None:
+    class Counting(SumRunner):
+        num_tokens = 0
+
+        def forward(self, batch: ForwardInput) -> npt.NDArray[np.float32]:
+            self.num_tokens += sum(map(len, batch.token_ids))
+            return super().forward(batch)
+
+    runner = Counting(VOCAB, 100, 4)
+    options = EngineOptions(
+        max_prefill_tokens=max_prefill_tokens,
+        max_prefill_batch_size=max_prefill_batch_size,
+        num_speculative_tokens=num_speculative_tokens,
+    )
+    engine = Engine(CONFIG, runner, options)
+    running = set("abc")
+    for name in running:
+        engine.add(name, [ord(name)], tokens(60))
+    while any(engine._execution.groups[name].sequences[0].num_cached == 0 for name in running):
+        engine.step()
+    for index, length in enumerate(prompts):
+        engine.add(str(index), [1 + index] * length, tokens(1))
+    while engine.has_unfinished() and running:
+        runner.num_tokens = 0
+        outputs = engine.step()
+        assert running <= {output.request_id for output in outputs}
+        assert runner.num_tokens <= max_prefill_tokens + len(running) * (1 + num_speculative_tokens)
+        running -= {output.request_id for output in outputs if output.finish_reason is not None}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -71,3 +72,27 @@ def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
         assert completion.token_ids == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
         assert completion.finish_reason == "length"
     assert engine.num_free_blocks == 64
+
+
+def test_logprobs_of_prompt_and_completion_equal_transformers(
+    random_weights: Callable[..., Weights], build_runner: Callable[..., GraphRunner]
+) -> None:
+    weights = random_weights(CONFIG)
+    engine = Engine(CONFIG, build_runner(CONFIG, weights), EngineOptions(max_prefill_tokens=16))
+    prompt = np.random.default_rng(6).integers(0, 320, 37).tolist()
+    params = SamplingParams(max_tokens=5, seed=1, temperature=0.8, logprobs=3, prompt_logprobs=3, ignore_eos=True)
+    for _ in range(2):  # the second time the prompt is in the cache, and computed again for its logits
+        [completion] = engine.generate([prompt], params)
+        tokens = prompt + completion.token_ids
+        expected = torch.log_softmax(torch.from_numpy(reference_logits(weights, tokens)).double(), -1)
+        assert completion.prompt_logprobs is not None
+        assert completion.logprobs is not None
+        assert completion.prompt_logprobs[0] is None
+        reports = [*completion.prompt_logprobs[1:], *completion.logprobs]
+        assert len(reports) == len(tokens) - 1
+        for position, report in enumerate(reports):
+            assert report is not None
+            assert report.token_id == tokens[position + 1]
+            likeliest = expected[position].topk(3)
+            assert report.logprob == pytest.approx(expected[position, report.token_id].item(), abs=1e-4)
+            assert [value for _, value in report.top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)

@@ -101,7 +101,9 @@ scalars = st.one_of(
     st.fixed_dictionaries({"type": st.just("number"), "minimum": small, "maximum": st.integers(6, 2000)}),
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": ["null", "boolean"]}]),
     st.builds(lambda values: {"enum": values}, st.lists(st.text(max_size=4) | small, min_size=1, max_size=3)),
-    st.builds(lambda pattern: {"type": "string", "pattern": pattern}, st.sampled_from(["^[a-c]{1,3}$", "^[0-9]{1,2}$"])),
+    st.builds(
+        lambda pattern: {"type": "string", "pattern": pattern}, st.sampled_from(["^[a-c]{1,3}$", "^[0-9]{1,2}$"])
+    ),
 )
 
 
