@@ -108,6 +108,22 @@ def test_a_run_goes_on_over_another_mesh(run_file: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_a_rank_that_never_comes_is_told(run_file: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    mesh = ["use_parallel=True", "parallel_config.data_parallel=2", f"output_dir={tmp_path / 'out'}"]
+    program = " ".join([sys.executable, "-m", "llama31_core", "finetune", str(run_file), *mesh])
+    arguments = [program, "2", "1", "127.0.0.1", str(port), "0", str(tmp_path / "log"), "True", "15"]
+    command = ["bash", str(LAUNCHER), *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode != 0
+    log = (tmp_path / "log" / "worker_0.log").read_text()
+    assert f"the ranks did not meet at 127.0.0.1:{port}" in log
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_ranks_that_differ_end_with_one_message(run_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "per_rank.sh"
     command = f"{sys.executable} -m llama31_core finetune {run_file} use_parallel=True parallel_config.data_parallel=2"

@@ -1,7 +1,7 @@
 """Training on ranks against training on one process: cases in, a table of relative differences out.
 
     python tools/run_parallel_grid.py                    the whole grid, up to 8 ranks
-    python tools/run_parallel_grid.py --ranks 4 tp4 dp2-zero1
+    python tools/run_parallel_grid.py --ranks 4 tp2 dp2-zero1
     python tools/run_parallel_grid.py --list
 
 For every case: the loss of the same batch, every gradient, and loss, gradient norm and weights of three AdamW steps, in
@@ -150,7 +150,10 @@ def train(step: Any, backprop: Any, weights: Any, optimizer: Any, reduction: Any
     gradients = {name: gradient.asnumpy().copy() for name, gradient in sums.items()}  # the next steps reuse the memory
     steps = [step(batches, 1e-3) for _ in range(STEPS)]
     numbers = [loss, held_out, *(value for result in steps for value in (result.loss, result.grad_norm))]
-    moments = {name: moment.asnumpy() for name, moment in optimizer.moments.items()}
+    moments = {name: moment.asnumpy().copy() for name, moment in optimizer.moments.items()}
+    for name in moments:
+        if name.startswith("adam_variance."):
+            moments[name] = np.sqrt(moments[name])  # in units of gradients, as errors are
     return {"numbers": numbers, "gradients": gradients, "weights": dict(weights.arrays()), "moments": moments}
 
 
