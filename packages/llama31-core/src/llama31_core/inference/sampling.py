@@ -57,6 +57,7 @@ class Sampler:
         seed = None if params.seed is None else params.seed + index
         self._rng = None if params.temperature == 0 else np.random.default_rng(seed)
         self._uniforms: deque[float] = deque()  # of the next tokens, as far as guesses have asked for them
+        self._prompt_ids: Ids | None = None
         self._mask = None if params.logits_mask is None else params.logits_mask()
         self.takes_argmax = self._rng is None and self._mask is None and not self._adjusts(0)
 
@@ -124,7 +125,9 @@ class Sampler:
             return logits_V
         scores = logits_V.astype(np.float64)
         if params.repetition_penalty != 1:
-            seen = np.unique(np.array([*prompt_ids, *output_ids], np.int64))
+            if self._prompt_ids is None:  # found once: prompts are long
+                self._prompt_ids = np.unique(np.array(prompt_ids, np.int64))
+            seen = np.union1d(self._prompt_ids, np.array(output_ids, np.int64))
             factor = np.where(scores[seen] > 0, 1 / params.repetition_penalty, params.repetition_penalty)
             scores[seen] *= factor
         if (params.presence_penalty or params.frequency_penalty) and output_ids:
@@ -133,7 +136,8 @@ class Sampler:
         for token, bias in params.logit_bias.items():
             scores[token] += bias
         if params.bad_words_ids:
-            tokens = (*prompt_ids, *output_ids)
+            longest = max(map(len, params.bad_words_ids))
+            tokens = (*prompt_ids[-longest:], *output_ids[-longest:])
             for *beginning, last in params.bad_words_ids:
                 if not beginning or tokens[-len(beginning) :] == tuple(beginning):
                     scores[last] = -np.inf
