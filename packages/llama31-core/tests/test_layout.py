@@ -14,6 +14,7 @@ from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.parallel.layout import LAYOUT, Slices, describe, plan_shards, split_axes
 from llama31_core.parallel.mesh import AXES, ParallelConfig
+from llama31_core.parallel.mindspore_layout import mindspore_layout
 
 SMALL = ModelConfig(vocab_size=96, dim=32, n_layers=5, n_heads=8, n_kv_heads=2, head_dim=4, ffn_dim=48, max_seq_len=64)
 
@@ -163,3 +164,22 @@ def test_describe_shows_what_a_rank_holds() -> None:
     assert "128 x 8192" in text
     assert "(2 copies)" in text
     assert "70-79" in text
+    assert "hidden dp, cp, -" in text
+    assert "hidden dp, cp and tp, -" in describe(SMALL, ParallelConfig(tp=2, sequence_parallel=True))
+
+
+def test_layouts_are_mindspores_too() -> None:
+    parallel = ParallelConfig(dp=2, tp=4, pp=2, sequence_parallel=True)
+    split = {
+        "model.layers.0.attention.wq.weight": ((1, 0), -1),
+        "model.layers.0.attention.wk.weight": (1, -1),
+        "model.layers.0.feed_forward.w2.weight": (-1, (1, 0)),
+        "model.norm_out.weight": (-1,),
+        "hidden": (3, (2, 1, 0), -1),
+        "key_value": (3, 2, 1, -1),
+    }
+    for name, tensor_map in split.items():
+        layout = mindspore_layout(name, SMALL, parallel, stage=1).to_dict()
+        assert layout["device_matrix"] == (2, 1, 2, 2)
+        assert layout["tensor_map"] == tensor_map, name
+        assert layout["rank_list"] == list(range(8, 16))

@@ -36,6 +36,20 @@ LAYOUT: dict[str, tuple[str | None, ...]] = {
     "lm_head.weight": ("tp", None),
 }
 
+# What splits each axis of an activation, beside the above:
+#   "dp"      every replica has its own sequences
+#   "cp"      every cp rank has its own tokens of them
+#   "tokens"  "cp", and with sequence_parallel each of these parts over tp again
+ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
+    "hidden": ("dp", "tokens", None),  # (B, T, dim), between layers and stages
+    "normed": ("dp", "cp", None),  # (B, T, dim), into split layers
+    "query": ("dp", "cp", "tp", None),  # (B, T, H, head_dim)
+    "key_value": ("dp", "cp", "kv", None),  # (B, T, K, head_dim)
+    "attention_out": ("dp", "cp", "tp"),  # (B, T, H * head_dim)
+    "ffn_inner": ("dp", "cp", "tp"),  # (B, T, ffn_dim)
+    "logits": ("dp", "cp", "tp"),  # (B, T, vocab_size), of some tokens at a time
+}
+
 Slices = tuple[slice, ...]
 
 
@@ -231,7 +245,11 @@ def describe(config: ModelConfig, parallel: ParallelConfig) -> str:
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     parts = [f"{part.start}-{part.stop - 1}" for part in parallel.part_layers(config)]
     layers = ", ".join(" and ".join(parts[stage :: parallel.pp]) for stage in range(parallel.pp))
-    return "\n".join([*lines, f"layers of each stage: {layers}"])
+    words: dict[str | None, str] = {None: "-", "tokens": "cp and tp" if parallel.sequence_parallel else "cp"}
+    activations = "; ".join(
+        f"{name} {', '.join(words.get(axis, str(axis)) for axis in row)}" for name, row in ACTIVATIONS.items()
+    )
+    return "\n".join([*lines, f"layers of each stage: {layers}", f"activations: {activations}"])
 
 
 def _shape(shape: tuple[int, ...]) -> str:
