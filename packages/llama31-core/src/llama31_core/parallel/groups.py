@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
-from llama31_core.parallel.mesh import AXES, Axis, Coordinates, ParallelConfig
+from llama31_core.parallel.mesh import AXES, Axis, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def plan_groups(parallel: ParallelConfig, rank: int, n_kv_heads: int) -> list[tu
     axes = [mesh.axis(axis) for axis in AXES]
     stages = mesh.axis("pp")
     pairs = [mesh.pair(stage) for stage in range(len(stages)) if stages[stage] != rank]
-    groups = [*axes, *pairs, mesh.ends(), mesh.kv_copies(), mesh.replicas(), tuple(range(parallel.world_size))]
+    groups = [*axes, *pairs, mesh.ends(), mesh.kv_copies(), tuple(range(parallel.world_size))]
     return sorted({group for group in groups if len(set(group)) > 1 and rank in group})
 
 
@@ -74,11 +73,6 @@ class _Mesh:
     def pair(self, stage: int) -> tuple[int, ...]:
         return tuple(sorted((self.rank, self.axis("pp")[stage])))
 
-    def replicas(self) -> tuple[int, ...]:
-        at = self.parallel.coordinates(self.rank)
-        places = product(range(self.parallel.dp), range(self.parallel.cp))
-        return tuple(self.parallel.rank(Coordinates(at.pp, dp, cp, at.tp)) for dp, cp in places)
-
 
 class Groups:
     """The groups of one rank of a mesh. All ranks of the mesh must make theirs at the same point of a program."""
@@ -97,10 +91,6 @@ class Groups:
     def world(self) -> Group:
         """All ranks of the mesh."""
         return self._of(tuple(range(self.parallel.world_size)))
-
-    def replicas(self) -> Group:
-        """The ranks with the same part of the model and other data: those of dp and cp."""
-        return self._of(self._mesh.replicas())
 
     def kv_copies(self) -> Group:
         """The neighbours on the tp axis that hold the same key-value head."""
