@@ -90,9 +90,9 @@ def test_ids_are_those_of_the_original(add_dummy_prefix: bool, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scores": [0.0]}, "tokenizer.ggml.scores must be 360 numbers"),
-        ({"types": [1] * 360}, "this one has 0, 0 and 0"),
-        ({"types": [2] + [6] * 255 + [1] * 104}, "this one has 1, 255 and 0"),
+        ({"scores": [0.0]}, "tokenizer.ggml.scores has 1 entries, expected 360"),
+        ({"types": [1] * 360}, "this one has 0 unknown, 0 bytes, 0 empty"),
+        ({"types": [2] + [6] * 255 + [1] * 104}, "this one has 1 unknown, 255 bytes, 0 empty"),
     ],
 )
 def test_a_vocabulary_that_is_none_stops_the_conversion(
