@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def rank_process(rank: int, directory: Path) -> int:
         except OSError:
             continue
     raise AssertionError(f"no process of rank {rank}")
+
+
+def test_ranks_without_a_launcher_are_refused(smollm2_dir: Path) -> None:
+    order = ["start", "--model", str(smollm2_dir), "--tensor_parallel", str(RANKS), "--port", str(free_port())]
+    command = [sys.executable, "-m", "llama31_serve", *order]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "--tensor_parallel" in ended.stderr
+    assert "no launcher started this one" in ended.stderr
 
 
 @pytest.mark.slow
