@@ -110,7 +110,7 @@ def test_each_row_has_its_own_adapter_as_peft_and_the_merged_model_compute_it(
     forward = build_net(base_dir, layers)
     table = AdapterTable(ModelConfig.from_pretrained(base_dir), layers, max_loras=3, max_lora_rank=8)
     base = forward(TOKENS)
-    slots = {name: table.load(name, path).slot for name, path in adapter_dirs.items()}
+    slots = {name: table.load(name, read_adapter(path)).slot for name, path in adapter_dirs.items()}
 
     layers.select([slots["all"], BASE_SLOT, slots["attention"], slots["all"]])
     got = forward(TOKENS)
@@ -145,7 +145,7 @@ def test_what_is_not_finite_in_one_row_stays_there(base_dir: Path, adapter_dirs:
         for name, change in read_adapter(adapter_dirs["all"]).changes.items()
     }
     layers.write(2, huge)
-    slot = table.load("attention", adapter_dirs["attention"]).slot
+    slot = table.load("attention", read_adapter(adapter_dirs["attention"])).slot
     layers.select([2, slot, BASE_SLOT, slot])
     got = forward(TOKENS)
     assert not np.isfinite(got[0]).all()
