@@ -26,7 +26,7 @@ SIBLINGS = {
     "tokenizer": set(),
     "core": {"llama31-tokenizer"},
     "data": {"llama31-tokenizer"},
-    "ckpt": {"llama31-core"},
+    "ckpt": {"llama31-core", "llama31-tokenizer"},
     "serve": {"llama31-core", "llama31-tokenizer"},
 }
 

@@ -267,9 +267,10 @@ def run_grid(cases: list[str], ranks: int, log_dir: Path) -> dict[str, dict[str,
             f"--master_port={port}", f"--log_dir={log_dir}", "--join=True", "--cluster_time_out=120",
         ]  # fmt: skip
         own = [str(Path(__file__).resolve()), "--rank-of", str(directory), *cases]
+        search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # msrun runs "python"
         subprocess.run(
             [sys.executable, *started, *own],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MS_CPU_COMM_OP_TIMEOUT": "120"},
+            env={**os.environ, "PATH": search, "OMP_NUM_THREADS": "1", "MS_CPU_COMM_OP_TIMEOUT": "120"},
             capture_output=True,
             text=True,
             check=False,
