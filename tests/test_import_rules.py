@@ -70,6 +70,8 @@ PURE = [
     "llama31_core.training.plot",
     "llama31_core.training.report",
     "llama31_core.training.run_plan",
+    "llama31_core.training.masks",
+    "llama31_core.training.pieces",
     "llama31_ckpt.cli",
     "llama31_data",
     "llama31_serve",

@@ -23,9 +23,9 @@ from llama31_core.plan import (
     plan_prediction,
     plan_training,
 )
-from llama31_core.plan.pieces import head_chunk, query_key_pairs
 from llama31_core.plan.published import PUBLISHED, compare
 from llama31_core.plan.search import search_layouts
+from llama31_core.training.pieces import chunk_size, query_blocks, query_key_pairs
 
 NPU = find_device("ascend910b")
 SMALL: dict[str, Any] = {
@@ -100,14 +100,11 @@ def test_published_speeds_are_near_with_one_set_of_constants(index: int) -> None
     assert 0.75 < found.ratio < 1.25
 
 
-def test_pieces_are_those_of_training() -> None:
-    from llama31_core.training.attention import query_blocks
-    from llama31_core.training.head import chunk_size
-
+def test_pieces() -> None:
     for tokens in (1, 100, 128, 1000, 1024, 8192):
         assert query_key_pairs(tokens) == sum((stop - start) * stop for start, stop in query_blocks(tokens))
-        for vocab in (512, 49152, 128256):
-            assert head_chunk(vocab, tokens) == chunk_size(vocab, tokens)
+        for vocab, most in ((512, 512), (49152, 512), (128256, 256)):
+            assert chunk_size(vocab, tokens) == min(most, tokens)
 
 
 def test_memory_is_within_a_tenth_of_a_process() -> None:

@@ -89,8 +89,8 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
     with importing_mindspore():
         import mindspore  # noqa: F401
     engine = Engine.from_pretrained(arguments.model_dir, EngineOptions(max_batch_size=arguments.batch_size, **slots))
-    if arguments.lora is not None:
-        engine.load_adapter("eval", arguments.lora)
+    if adapter is not None:
+        engine.load_adapter("eval", adapter)
     include = None if arguments.include_path is None else str(arguments.include_path)
     results: dict[str, Any] = simple_evaluate(
         model=build_lm(engine, tokenizer, None if adapter is None else "eval"),

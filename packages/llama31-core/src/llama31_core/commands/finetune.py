@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -105,10 +106,16 @@ def _run_rank(config: RunConfig, source: str) -> int:
     assert trainer is not None
     if ranks.is_first:
         return _train(config, trainer, None)
-    terminated = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
-    trainer.train((), terminated.is_set)
+    trainer.train((), _note_sigterm())
     return 0
+
+
+def _note_sigterm() -> Callable[[], bool]:
+    """From now on SIGTERM is noted and ends nothing; gives whether it has come."""
+    terminated = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
+    return terminated.is_set
 
 
 def _train(config: RunConfig, trainer: Trainer, tokenizer: Tokenizer | None) -> int:
@@ -118,11 +125,9 @@ def _train(config: RunConfig, trainer: Trainer, tokenizer: Tokenizer | None) -> 
     if trainer.start_step:
         print(f"resumed after step {trainer.start_step}", flush=True)
     console = Console(trainer.num_steps, trainer.start_step, tokenizer, config.eval_prompts)
-    terminated = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
+    is_terminated = _note_sigterm()
     try:
-        model_dir = trainer.train([console, *_recorders(config, trainer, tokenizer)], terminated.is_set)
+        model_dir = trainer.train([console, *_recorders(config, trainer, tokenizer)], is_terminated)
     finally:
         console.close()
     return _conclude(model_dir, console.losses)

@@ -7,19 +7,12 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
-from mindspore.ops import CustomRegOp, DataType
+from mindspore import Tensor, nn
 
-from llama31_core.kernels.native import load_library
+from llama31_core.kernels.native.operator import native_operator
 from llama31_core.model import Llama
 from llama31_core.model.rope import inverse_frequencies
 from llama31_core.model.transformer import TransformerBlock
-
-_FORMATS = {
-    ms.int32: DataType.I32_Default,
-    ms.float32: DataType.F32_Default,
-    ms.bfloat16: DataType.BF16_Default,
-}
 
 
 class NativeLlama(nn.Cell):  # type: ignore[misc]
@@ -47,7 +40,10 @@ class NativeLlama(nn.Cell):  # type: ignore[misc]
             head,
             *(parameter for block in llama.model.layers for parameter in _layer(block)),
         )
-        self._run = _operator([ms.int32] * 5 + [tensor.dtype for tensor in self.held])
+        dtypes = [ms.int32] * 5 + [tensor.dtype for tensor in self.held]
+        kinds = "bf16" if ms.bfloat16 in dtypes else "f32"
+        name = f"Llama31Model_{len(dtypes)}_{kinds}"
+        self._run = native_operator("Llama31Model", dtypes, 1, name=name)
 
     def construct(
         self, tokens_BT: Tensor, positions_BT: Tensor, slots_BT: Tensor, block_tables_BM: Tensor, wanted_N: Tensor
@@ -71,21 +67,4 @@ def _layer(block: TransformerBlock) -> tuple[ms.Parameter, ...]:
         feed_forward.w3.weight,
         attention.core.k_cache,
         attention.core.v_cache,
-    )
-
-
-def _operator(dtypes: list[ms.Type]) -> ops.Custom:
-    # MindSpore keeps one registration for a name, so the name says what the inputs are.
-    kinds = "bf16" if ms.bfloat16 in dtypes else "f32"
-    info = CustomRegOp(f"Llama31Model_{len(dtypes)}_{kinds}")
-    for index in range(len(dtypes)):
-        info = info.input(index, f"x{index}")
-    info = info.output(0, "y").dtype_format(*(_FORMATS[dtype] for dtype in dtypes), DataType.F32_Default)
-    # The output's shape comes from the library's Llama31ModelInferShape, which also serves dynamic shapes.
-    return ops.Custom(
-        f"{load_library()}:Llama31Model",
-        out_shape=None,
-        out_dtype=ms.float32,
-        func_type="aot",
-        reg_info=info.target("CPU").get_op_info(),
     )

@@ -19,6 +19,7 @@ from llama31_core.inference.batch import BlockMove, ForwardInput
 from llama31_core.inference.block_io import BlockIO
 from llama31_core.inference.cache_plan import CachePlan
 from llama31_core.inference.graph_input import graph_input, wanted_rows
+from llama31_core.inference.values import caches, clear_caches, set_value
 from llama31_core.model import Llama, PagedAttention
 from llama31_core.parallel.groups import Groups
 from llama31_core.parallel.layers import ParallelLayers
@@ -52,6 +53,11 @@ class _Part(nn.Cell):  # type: ignore[misc]
         return self.llama.logits(model.norm_out(rows_NE))
 
 
+def splits_logits(config: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Whether the ranks of the last stage have some columns of the logits each, and not all of them all."""
+    return parallel.tp > 1 and (parallel.vocab_parallel or not config.tie_word_embeddings)
+
+
 class PartRunner:
     """What a rank computes of a step.
 
@@ -72,9 +78,7 @@ class PartRunner:
         at = parallel.coordinates(groups.rank)
         stage = parallel.stage_layers(config)[at.pp]
         self._is_first, self._is_last = at.pp == 0, at.pp == parallel.pp - 1
-        self.has_columns = (
-            self._is_last and parallel.tp > 1 and (parallel.vocab_parallel or not config.tie_word_embeddings)
-        )
+        self.has_columns = self._is_last and splits_logits(config, parallel)
         self._block_size = plan.block_size
         param, self._compute = (getattr(ms, name) for name in (precision.param, precision.compute))
         own_heads = config.model_copy(update={"n_kv_heads": max(1, config.n_kv_heads // parallel.tp)})
@@ -91,8 +95,7 @@ class PartRunner:
         ids = Tensor(shape=[None, None], dtype=ms.int32)
         hidden = Tensor(shape=[None, None, config.dim], dtype=self._compute)
         self._net.set_inputs(ids if self._is_first else hidden, ids, ids, ids, Tensor(shape=[None], dtype=ms.int32))
-        caches = [parameter for name, parameter in llama.parameters_and_names() if name.endswith("_cache")]
-        self._block_io = BlockIO(caches, plan.num_blocks, plan.num_host_blocks)
+        self._block_io = BlockIO(list(caches(llama)), plan.num_blocks, plan.num_host_blocks)
 
     def move_blocks(self, moves: list[BlockMove]) -> None:
         """Carry out moves in this rank's caches."""
@@ -111,16 +114,13 @@ class PartRunner:
 
 def _load(llama: Llama, path: Path, config: ModelConfig, parallel: ParallelConfig, rank: int, first_layer: int) -> None:
     """Read this rank's slices, and nothing else, of a checkpoint or of the rank's own directory; clear the caches."""
+    clear_caches(llama)
     shards = plan_shards(config, parallel, rank)
     with open_for_rank(path, {name: shard.slices for name, shard in shards.items()}, rank=rank) as weights:
         for name, parameter in llama.parameters_and_names():
-            if name.endswith("_cache"):
-                parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)).astype(parameter.dtype))
-                continue
             shard = shards.get(_shifted(name, first_layer))
-            if shard is not None:  # else it is of another stage, and not computed with here
-                values = np.ascontiguousarray(weights.read_slice(shard.name, shard.slices).astype(np.float32))
-                parameter.set_data(Tensor.from_numpy(values).astype(parameter.dtype))
+            if shard is not None:  # else it is a cache, or of another stage and not computed with here
+                set_value(parameter, np.ascontiguousarray(weights.read_slice(shard.name, shard.slices)))
 
 
 def _shifted(name: str, first_layer: int) -> str:

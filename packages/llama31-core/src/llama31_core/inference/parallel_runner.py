@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama31_core.checkpoint.sharded import rank_directories, read_rank_layout
 from llama31_core.errors import Llama31Error
 from llama31_core.inference.batch import BlockMove, ForwardInput
 from llama31_core.inference.engine_plan import EnginePlan
 from llama31_core.inference.parallel_channel import Hub, Peer, connect
-from llama31_core.inference.parallel_part import PartRunner
-from llama31_core.parallel.agreement import agree, digest_of, digest_of_files, exchange_texts
+from llama31_core.inference.parallel_part import PartRunner, splits_logits
+from llama31_core.parallel.agreement import agree, digest_of, digest_of_checkpoint, exchange_texts
 from llama31_core.parallel.groups import Groups, world_group
 from llama31_core.parallel.launch import find_rank, join_mesh
 from llama31_core.parallel.mesh import Coordinates, ParallelConfig
@@ -38,7 +37,7 @@ class LeadingRunner:
         self._stages = [
             [parallel.rank(Coordinates(stage, 0, 0, tp)) for tp in range(parallel.tp)] for stage in range(parallel.pp)
         ]
-        self._has_columns = parallel.tp > 1 and (parallel.vocab_parallel or not plan.config.tie_word_embeddings)
+        self._has_columns = splits_logits(plan.config, parallel)
 
     def move_blocks(self, moves: list[BlockMove]) -> None:
         """See Runner."""
@@ -83,7 +82,7 @@ def join(plan: EnginePlan, parallel: ParallelConfig, weights: Path, source: str)
     problem = ""
     facts = {"the model": digest_of(plan.config.model_dump_json()), "the layout": digest_of(parallel.model_dump_json())}
     facts["the cache"] = digest_of(repr(plan.cache))
-    facts["the checkpoint"] = _checkpoint_digest(weights, rank)
+    facts["the checkpoint"] = digest_of_checkpoint(weights, rank)
     agree(world, facts)
     host = os.environ.get("MS_SCHED_HOST", "127.0.0.1")
     hub, key = None, secrets.token_hex(16)
@@ -102,13 +101,6 @@ def join(plan: EnginePlan, parallel: ParallelConfig, weights: Path, source: str)
         return Follower(part, connect(host, int(port), key.encode(), rank), parallel, rank)
     hub.accept(range(1, parallel.world_size))
     return LeadingRunner(part, hub, parallel, plan)
-
-
-def _checkpoint_digest(weights: Path, rank: int) -> str:
-    """Of what must be the same everywhere; a rank's own directory says which checkpoint it is a part of."""
-    files = [path for path in weights.iterdir() if path.is_file()] if weights.is_dir() else [weights]
-    split = read_rank_layout(weights / f"rank_{rank}").checkpoint if rank in rank_directories(weights) else ""
-    return digest_of(digest_of_files(files) + split)
 
 
 class Follower:

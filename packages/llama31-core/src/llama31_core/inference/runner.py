@@ -17,7 +17,6 @@ from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
 from llama31_core.checkpoint import check_weights, open_weights
-from llama31_core.checkpoint.dtypes import Array
 from llama31_core.config import ModelConfig
 from llama31_core.inference.batch import BlockMove, ForwardInput
 from llama31_core.inference.block_io import BlockIO
@@ -25,6 +24,7 @@ from llama31_core.inference.cache_plan import CachePlan
 from llama31_core.inference.graph_input import graph_input, wanted_rows
 from llama31_core.inference.native_llama import NativeLlama
 from llama31_core.inference.options import EngineOptions
+from llama31_core.inference.values import caches, clear_caches, is_cache, set_value
 from llama31_core.kernels.native import NativeKernelsError, load_library
 from llama31_core.lora.layers import LoraLayers, is_adapter_parameter
 from llama31_core.lora.table import BASE_SLOT
@@ -83,8 +83,7 @@ class GraphRunner:
         self._net.set_train(False)
         any_shape = Tensor(shape=[None, None], dtype=ms.int32)
         self._net.set_inputs(any_shape, any_shape, any_shape, any_shape, Tensor(shape=[None], dtype=ms.int32))
-        caches = [parameter for name, parameter in llama.parameters_and_names() if name.endswith("_cache")]
-        self._block_io = BlockIO(caches, num_blocks, num_host_blocks)
+        self._block_io = BlockIO(list(caches(llama)), num_blocks, num_host_blocks)
 
     @classmethod
     def from_pretrained(
@@ -127,24 +126,13 @@ class GraphRunner:
 
 
 def load_parameters(llama: Llama, path: Path, config: ModelConfig) -> None:
-    """Give a model, built without values, the weights of a checkpoint in its own types; caches are cleared.
-
-    Values of the right type are not copied, so that a cache takes memory as it is written.
-    """
+    """Give a model, built without values, the weights of a checkpoint in its own types; caches are cleared."""
+    clear_caches(llama)
     with open_weights(path) as weights:
         check_weights(weights, config)
         for name, parameter in llama.parameters_and_names():
-            if name.endswith("_cache"):
-                parameter.set_data(_as_tensor(np.zeros(parameter.shape, np.float32), parameter.dtype))
-            elif not is_adapter_parameter(name):
-                parameter.set_data(_as_tensor(weights.read(name), parameter.dtype))
-
-
-def _as_tensor(values: Array, dtype: ms.Type) -> Tensor:
-    """Values in a type; those that have it already are not brought to another one on the way."""
-    if getattr(ms, values.dtype.name) == dtype:
-        return Tensor.from_numpy(values)
-    return Tensor.from_numpy(values.astype(np.float32)).astype(dtype)
+            if not is_cache(name) and not is_adapter_parameter(name):
+                set_value(parameter, weights.read(name))
 
 
 def native_kernels_here() -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor
 
+from llama31_core.checkpoint.sharded import rank_directories, read_rank_layout
 from llama31_core.errors import ConfigError
 from llama31_core.parallel.groups import Group
 from llama31_core.parallel.transport import transport
@@ -54,6 +55,14 @@ def agree(group: Group, facts: Mapping[str, str], problem: str = "") -> None:
             raise ConfigError(
                 f"ranks do not agree on {name}: rank {listed} of {group.size} has another one; give all ranks the same"
             )
+
+
+def digest_of_checkpoint(path: Path, rank: int) -> str:
+    """Of what must be the same everywhere: the files of a weight file or a directory; a rank's own directory in it says
+    which checkpoint it is a part of."""
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    split = read_rank_layout(path / f"rank_{rank}").checkpoint if rank in rank_directories(path) else ""
+    return digest_of(digest_of_files(files) + split)
 
 
 def digest_of(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,40 +16,56 @@ from llama31_core.parallel.transport import transport
 
 Array = npt.NDArray[np.float32]
 Part = Callable[[ParameterShard], Slices]
+Box = tuple[tuple[int, int], ...]
 
 
-def find_owners(
-    config: ModelConfig, parallel: ParallelConfig, part: Part
-) -> dict[str, dict[tuple[tuple[int, int], ...], int]]:
-    """For every weight the first rank that holds each of its pieces.
+def held(shard: ParameterShard) -> Slices:
+    """What a rank has of a weight."""
+    return shard.slices
+
+
+def updated(shard: ParameterShard) -> Slices:
+    """What a rank updates of it."""
+    return shard.optimizer_slices
+
+
+def plan_ranks(config: ModelConfig, parallel: ParallelConfig) -> list[dict[str, ParameterShard]]:
+    """What every rank of a mesh holds."""
+    return [plan_shards(config, parallel, rank) for rank in range(parallel.world_size)]
+
+
+def find_owners(ranks: Sequence[Mapping[str, ParameterShard]], part: Part) -> dict[str, dict[Box, int]]:
+    """For every weight the first rank that has each of its pieces.
 
     Args:
-        part: which piece of a weight is meant: what a rank holds, or what it updates.
+        ranks: of `plan_ranks`.
+        part: which piece of a weight is meant, `held` or `updated`.
     """
-    owners: dict[str, dict[tuple[tuple[int, int], ...], int]] = {}
-    for rank in range(parallel.world_size):
-        for name, shard in plan_shards(config, parallel, rank).items():
-            box = tuple((piece.start, piece.stop) for piece in part(shard))
-            owners.setdefault(name, {}).setdefault(box, rank)
+    owners: dict[str, dict[Box, int]] = {}
+    for rank, shards in enumerate(ranks):
+        for name, shard in shards.items():
+            owners.setdefault(name, {}).setdefault(_box(part(shard)), rank)
     return owners
+
+
+def _box(piece: Slices) -> Box:
+    return tuple((part.start, part.stop) for part in piece)
 
 
 class Collector:
     """Puts weights, or what has their shape, together.
 
     Args:
+        ranks: of `plan_ranks`.
         world: all ranks.
         part: as for `find_owners`.
     """
 
-    def __init__(self, config: ModelConfig, parallel: ParallelConfig, world: Group, part: Part) -> None:
+    def __init__(self, ranks: Sequence[Mapping[str, ParameterShard]], world: Group, part: Part) -> None:
         self._world = world
-        self._own = {name: part(shard) for name, shard in plan_shards(config, parallel, world.index).items()}
-        self._owners = find_owners(config, parallel, part)
-        self._shapes = {
-            name: tuple(max(box[axis][1] for box in boxes) for axis in range(len(next(iter(boxes)))))
-            for name, boxes in self._owners.items()
-        }
+        self._own = {name: part(shard) for name, shard in ranks[world.index].items()}
+        self._owners = find_owners(ranks, part)
+        self._shapes = {name: shard.full_shape for shards in ranks for name, shard in shards.items()}
 
     def collect(self, values: Mapping[str, Array], names: Iterable[str] | None = None) -> dict[str, Array]:
         """Whole tensors on rank 0, nothing on the others; one at a time goes around. All ranks call this alike.
@@ -63,8 +79,7 @@ class Collector:
             full = np.zeros(self._shapes[name], np.float32)
             if name in values:
                 piece = self._own[name]
-                box = tuple((part.start, part.stop) for part in piece)
-                if self._owners[name][box] == self._world.index:  # copies count once
+                if self._owners[name][_box(piece)] == self._world.index:  # copies count once
                     full[piece] = values[name]
             total = full if self._world.is_alone else transport().all_reduce(self._world)(Tensor(full)).asnumpy()
             if self._world.index == 0:

@@ -186,10 +186,15 @@ def stages_of(name: str, config: ModelConfig, parallel: ParallelConfig) -> tuple
     _, layer = split_layer(name)
     last = parallel.pp - 1
     if layer is not None:
-        return tuple(stage for stage, layers in enumerate(parallel.stage_layers(config)) if layer in layers)
+        return _stages_of_layers(config, parallel).get(layer, ())
     if name.startswith("model.tok_embeddings"):
         return (0, last) if config.tie_word_embeddings and last else (0,)
     return (last,)
+
+
+@lru_cache(maxsize=64)
+def _stages_of_layers(config: ModelConfig, parallel: ParallelConfig) -> dict[int, tuple[int, ...]]:
+    return {layer: (stage,) for stage, layers in enumerate(parallel.stage_layers(config)) for layer in layers}
 
 
 def split_axes(name: str) -> tuple[str | None, ...]:

@@ -20,8 +20,7 @@ from mindspore import Tensor, nn, ops
 from llama31_core.parallel.groups import Group
 from llama31_core.parallel.sequence import Pieces, plan_ring
 from llama31_core.parallel.transport import transport
-
-_HIDDEN = -1e30
+from llama31_core.training.masks import HIDDEN
 
 
 class RingAttention(nn.Cell):  # type: ignore[misc]
@@ -52,13 +51,13 @@ class RingAttention(nn.Cell):  # type: ignore[misc]
         q = self._by_kv_head(q_BTHD, k_BTKD.shape[2]) * (1.0 / math.sqrt(width))
         kv = ops.stack((self._by_head(k_BTKD), self._by_head(v_BTKD)))
         out = ops.zeros_like(q)
-        logsumexp = ops.zeros(q.shape[:-1], ms.float32) + _HIDDEN
+        logsumexp = ops.zeros(q.shape[:-1], ms.float32) + HIDDEN
         for step in range(self._size):
             keys, values = _take(self._keys[step], kv[0], 2), _take(self._keys[step], kv[1], 2)
             scores = self._scores(_take(self._queries[step], q, 3), keys, biases_Bts[step])
             seen, seen_logsumexp = self._softmax(scores, values)
             more = _pad(self._queries[step], seen, 3, 0.0)
-            more_logsumexp = _pad(self._queries[step], seen_logsumexp, 3, _HIDDEN)
+            more_logsumexp = _pad(self._queries[step], seen_logsumexp, 3, HIDDEN)
             merged = _merge(logsumexp, more_logsumexp)
             share = ops.exp(logsumexp - merged).expand_dims(-1)
             out = out * share + more * ops.exp(more_logsumexp - merged).expand_dims(-1)
@@ -112,13 +111,13 @@ class RingAttention(nn.Cell):  # type: ignore[misc]
         return dq_BTHD, self._by_head(dkv[0]), self._by_head(dkv[1])
 
     def _all_logsumexps(self, q: Tensor, keys: Tensor, biases_Bts: tuple[Tensor, ...]) -> Tensor:
-        logsumexp = ops.zeros(q.shape[:-1], ms.float32) + _HIDDEN
+        logsumexp = ops.zeros(q.shape[:-1], ms.float32) + HIDDEN
         for step in range(self._size):
             seen = _take(self._keys[step], keys, 2)
             scores = self._scores(_take(self._queries[step], q, 3), seen, biases_Bts[step])
             greatest = scores.max(axis=-1)
             more = greatest + ops.log(ops.exp(scores - greatest.expand_dims(-1)).sum(axis=-1))
-            logsumexp = _merge(logsumexp, _pad(self._queries[step], more, 3, _HIDDEN))
+            logsumexp = _merge(logsumexp, _pad(self._queries[step], more, 3, HIDDEN))
             if step + 1 < self._size:
                 keys = self._shift(keys)
         return logsumexp

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llama31_core.checkpoint.names import split_moment
-from llama31_core.checkpoint.sharded import open_for_rank, rank_directories, read_rank_layout
+from llama31_core.checkpoint.sharded import open_for_rank, rank_directories
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError, ConfigError, Llama31Error
-from llama31_core.parallel.agreement import agree, digest_of, digest_of_files
-from llama31_core.parallel.collecting import Collector
+from llama31_core.parallel.agreement import agree, digest_of, digest_of_checkpoint, digest_of_files
+from llama31_core.parallel.collecting import Collector, held, plan_ranks, updated
 from llama31_core.parallel.gradients import sum_numbers
 from llama31_core.parallel.groups import world_group
 from llama31_core.parallel.launch import find_rank, join_mesh
@@ -29,6 +29,7 @@ from llama31_core.training.head import Objective
 from llama31_core.training.lora import Lora
 from llama31_core.training.optim import AdamW
 from llama31_core.training.reduction import Reduction
+from llama31_core.training.start import require_finite
 from llama31_core.training.weights import TrainedWeights
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
@@ -62,16 +63,13 @@ def find_facts(run: RunConfig, rank: int) -> dict[str, str]:
     Raises:
         CheckpointError, DatasetError: there is nothing to compare.
     """
-    source = Path(run.load_checkpoint)
     values = run.model_dump(mode="json", exclude={"load_checkpoint", "output_dir"})
     for section in ("train_dataset", "eval_dataset"):
         values[section]["data_loader"].pop("dataset_dir")
-    files = [path for path in source.iterdir() if path.is_file()]
-    split = read_rank_layout(source / f"rank_{rank}").checkpoint if rank in rank_directories(source) else ""
     data = find_records(Path(run.train_dataset.data_loader.dataset_dir))
     return {
         "the configuration": digest_of(json.dumps(values, sort_keys=True)),
-        "the checkpoint of load_checkpoint": digest_of(digest_of_files(files) + split),
+        "the checkpoint of load_checkpoint": digest_of_checkpoint(Path(run.load_checkpoint), rank),
         "the data of train_dataset": digest_of_files(data),
     }
 
@@ -93,8 +91,8 @@ class MeshRanks:
         self.replica_size = parallel.world_size // parallel.dp
         self.is_first = rank == 0
         self.reduction: Reduction = self._replica.reduction
-        self._weights = Collector(config, parallel, self._world, lambda shard: shard.slices)
-        self._moments = Collector(config, parallel, self._world, lambda shard: shard.optimizer_slices)
+        ranks = plan_ranks(config, parallel)
+        self._weights, self._moments = Collector(ranks, self._world, held), Collector(ranks, self._world, updated)
 
     def load_weights(
         self, run: RunConfig, config: ModelConfig, lora: Lora | None, resumed: Path | None
@@ -175,10 +173,7 @@ def load_slices(weights: TrainedWeights, source: Path, shards: Mapping[str, Para
             shard = shards[name]
             if reader.shape(name) != shard.full_shape:
                 raise CheckpointError(f"{source}: {name} is {reader.shape(name)}, its config says {shard.full_shape}")
-            value = reader.read_slice(name, shard.slices)
-            if not np.isfinite(value.astype(np.float32)).all():
-                raise CheckpointError(f"{source}: {name} holds values that are no numbers; use another checkpoint")
-            return np.asarray(value)
+            return require_finite(reader.read_slice(name, shard.slices), name, source)
 
         weights.load(read)
         return reader.bytes_read

@@ -9,6 +9,7 @@ even where a send waits for its receiver, because all stages follow the same one
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from llama31_core.errors import ConfigError
@@ -84,6 +85,7 @@ def compute_order(stage: int, pp: int, interleave: int, micro_batches: int) -> l
     return order + [place(index, False) for index in range(total - warmup, total)]
 
 
+@lru_cache(maxsize=16)
 def plan_pipeline(pp: int, interleave: int, micro_batches: int) -> PipelinePlan:
     """Everything that every stage does.
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from llama31_core.errors import ConfigError
 from llama31_core.parallel.mesh import ParallelConfig
 from llama31_core.training.batch import Batch
+from llama31_core.training.masks import bias
 
-_HIDDEN = np.float32(-1e30)
 Pieces = tuple[int, int]
 _BOTH, _FIRST, _LAST = (0, 2), (0, 1), (1, 2)
 
@@ -76,7 +76,7 @@ def plan_ring(index: int, cp: int) -> list[RingStep]:
 
 
 def ring_biases(segment_ids_BT: npt.NDArray[np.int32], index: int, cp: int) -> list[npt.NDArray[np.float32]]:
-    """What is added to the scores of each step: 0 for a key that a query sees, else very negative.
+    """What is added to the scores of each step.
 
     Args:
         segment_ids_BT: of whole sequences.
@@ -85,9 +85,7 @@ def ring_biases(segment_ids_BT: npt.NDArray[np.int32], index: int, cp: int) -> l
     biases = []
     for step in plan_ring(index, cp):
         queries, keys = _cut(order[index], step.queries), _cut(order[step.source], step.keys)
-        is_later = keys[None, :] > queries[:, None]
-        is_foreign = segment_ids_BT[:, queries][:, :, None] != segment_ids_BT[:, keys][:, None, :]
-        biases.append(np.where(is_later[None] | is_foreign, _HIDDEN, np.float32(0)))
+        biases.append(bias(segment_ids_BT, queries, keys))
     return biases
 
 

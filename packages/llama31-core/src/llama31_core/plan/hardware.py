@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama31_core.errors import ConfigError
 from llama31_core.validation import did_you_mean
@@ -98,18 +98,11 @@ _ASCEND_910B = Device(
         ("20 us", _NPU_LATENCY),
     ),
 )
-_ASCEND_910B3 = Device(
+_ASCEND_910B3 = replace(
+    _ASCEND_910B,
     name="ascend910b3",
     title="Ascend 910B3",
     flops_per_s=294.9e12,
-    memory_bytes=64 * GB,
-    reserved_bytes=6 * GB,
-    memory_bytes_per_s=1.6e12,
-    link_bytes_per_s=28e9,
-    node_size=8,
-    network_bytes_per_s=25e9,
-    collective_latency_s=20e-6,
-    is_fused=True,
     sources=(("294.9 TFLOP/s", "20 cube cores instead of 24 at the same clock"), *_ASCEND_910B.sources[1:]),
 )
 _ASCEND_910A = Device(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from llama31_core.plan.counts import count_numbers
 from llama31_core.plan.hardware import Device
-from llama31_core.plan.pieces import head_chunk, query_key_pairs
 from llama31_core.plan.workload import NumberBytes, PredictWorkload, TrainWorkload
+from llama31_core.training.pieces import chunk_size, query_key_pairs
 
 _NARROW, _HEADS, _WIDE, _SCORES = 8, 6, 8, 8
 
@@ -129,7 +129,7 @@ def _head_bytes(work: TrainWorkload, stage: int) -> int:
     """Logits of a chunk of tokens, their log-probabilities and gradients, float32, on the last stage."""
     if stage != work.parallel.pp - 1:
         return 0
-    return 3 * 4 * head_chunk(work.config.vocab_size, work.tokens) * (work.config.vocab_size // work.parallel.tp)
+    return 3 * 4 * chunk_size(work.config.vocab_size, work.tokens) * (work.config.vocab_size // work.parallel.tp)
 
 
 def _layer_bytes(work: TrainWorkload, device: Device, number: NumberBytes) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from llama31_core.config import ModelConfig
 from llama31_core.plan.training import TrainingPlan, plan_training
-from llama31_core.plan.workload import RecomputePolicy
+from llama31_core.run_config.training import RecomputePolicy
 
 _SOURCE = "MindFormers, research/llama3_1 README, Atlas 900 A2 PoD"
 

@@ -72,15 +72,13 @@ def prediction_text(plan: PredictionPlan, source: str) -> str:
 def search_text(result: SearchResult, device: Device, num_devices: int) -> str:
     """The fastest layouts, and why others were dropped."""
     head = f"layouts of {num_devices} {device.name}: {result.num_layouts:,} planned, {len(result.plans)} fit"
-    rows: list[tuple[str, ...]] = [
-        ("dp", "cp", "tp", "pp", "micro-batches", "recomputed", "GB", "tokens/s/device", "MFU", "bubble")
-    ]
+    rows: list[tuple[str, ...]] = [_LAYOUT_COLUMNS]
     rows += [_layout_row(plan) for plan in result.plans[:_LISTED]]
     lines = [head, *_table(rows)] if result.plans else [head]
     lines += [f"dropped {count:,}: {reason}" for reason, count in result.dropped.most_common()]
     if not result.plans and result.closest is not None:
         closest = result.closest
-        row = ", ".join(f"{name} {value}" for name, value in zip(rows[0], _layout_row(closest), strict=True))
+        row = ", ".join(f"{name} {value}" for name, value in zip(_LAYOUT_COLUMNS, _layout_row(closest), strict=True))
         lines.append(f"closest: {row}, of {closest.device.usable_bytes / GB:.1f} GB")
     return "\n".join(lines)
 

@@ -11,7 +11,8 @@ from llama31_core.errors import ConfigError
 from llama31_core.parallel.mesh import ParallelConfig
 from llama31_core.plan.hardware import Device
 from llama31_core.plan.training import TrainingPlan, plan_training
-from llama31_core.plan.workload import RecomputePolicy, TrainWorkload
+from llama31_core.plan.workload import TrainWorkload
+from llama31_core.run_config.training import RecomputePolicy
 
 POLICIES: tuple[RecomputePolicy, ...] = ("none", "select", "full")
 

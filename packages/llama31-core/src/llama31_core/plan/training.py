@@ -10,10 +10,10 @@ from functools import cached_property
 from llama31_core.plan.counts import count_numbers
 from llama31_core.plan.hardware import Device
 from llama31_core.plan.memory import MemoryUse, training_memory
-from llama31_core.plan.pieces import query_key_pairs
 from llama31_core.plan.traffic import Traffic, step_traffic
 from llama31_core.plan.workload import NumberBytes, TrainWorkload
 from llama31_core.training.flops import StepFlops
+from llama31_core.training.pieces import query_key_pairs
 
 
 @dataclass(frozen=True)

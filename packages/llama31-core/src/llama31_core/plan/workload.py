@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.parallel.mesh import ParallelConfig
 from llama31_core.plan.hardware import Device
+from llama31_core.precision import DtypeName, Precision
 from llama31_core.run_config import ModelSection, PredictConfig, RunConfig
-
-RecomputePolicy = Literal["none", "select", "full"]
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+from llama31_core.run_config.training import RecomputePolicy
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,10 @@ class NumberBytes:
     moments: int = 8
 
     @classmethod
-    def on(cls, device: Device, param: str, compute: str) -> NumberBytes:
+    def on(cls, device: Device, param: DtypeName, compute: DtypeName) -> NumberBytes:
         """What a device computes in when a run file asks for these types: a CPU in float32, whatever it says."""
-        return cls(_BYTES[param], _BYTES[compute]) if device.is_fused else cls(4, 4)
+        precision = Precision(param, compute) if device.is_fused else Precision()
+        return cls(precision.param_bytes, precision.compute_bytes)
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class TrainWorkload:
     batch_size: int
     micro_batches: int
     recompute: RecomputePolicy
-    param_type: str = "bfloat16"
-    compute_type: str = "bfloat16"
+    param_type: DtypeName = "bfloat16"
+    compute_type: DtypeName = "bfloat16"
     has_average: bool = False
 
     @classmethod
@@ -68,7 +67,6 @@ class TrainWorkload:
                 f"{source}: model.model_config.pet_config is set, plan counts the training of all weights"
             )
         config = _architecture(run, section, source)
-        recompute: RecomputePolicy = "select" if run.recompute_config.select_recompute else "none"
         micro_batches = run.runner_config.gradient_accumulation_steps
         if run.use_parallel:
             micro_batches *= run.parallel_config.micro_batch_num
@@ -78,7 +76,7 @@ class TrainWorkload:
             section.seq_length,
             run.runner_config.batch_size,
             micro_batches,
-            "full" if run.recompute_config.recompute else recompute,
+            run.recompute_config.policy,
             section.param_init_type,
             section.compute_dtype,
             run.runner_wrapper.ema_decay is not None,
@@ -135,8 +133,8 @@ class PredictWorkload:
     num_blocks: int
     chunk_tokens: int
     max_batch_size: int
-    param_type: str = "bfloat16"
-    compute_type: str = "bfloat16"
+    param_type: DtypeName = "bfloat16"
+    compute_type: DtypeName = "bfloat16"
 
     @classmethod
     def of(cls, run: PredictConfig, source: str) -> PredictWorkload:

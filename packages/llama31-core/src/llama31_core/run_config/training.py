@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from llama31_core.run_config.section import Section
 from llama31_core.training.schedule import ScheduleType
 
+RecomputePolicy = Literal["none", "select", "full"]
+
 
 class RunnerConfig(Section):
     """How long to train and on how much at once."""
@@ -106,6 +108,13 @@ class RecomputeConfig(Section):
     @classmethod
     def _layers_of_stages(cls, value: object) -> object:
         return any(value) if isinstance(value, list) and all(isinstance(count, int) for count in value) else value
+
+    @property
+    def policy(self) -> RecomputePolicy:
+        """The one that saves most of those that are asked for."""
+        if self.recompute:
+            return "full"
+        return "select" if self.select_recompute else "none"
 
 
 class CheckpointMonitorConfig(Section):

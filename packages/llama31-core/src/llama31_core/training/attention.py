@@ -10,36 +10,20 @@ S = keys up to the end of that block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 from mindspore import Tensor, nn, ops
 
-_HIDDEN = np.float32(-1e30)  # finite, so that a row that sees nothing softmaxes to numbers
-_MIN_BLOCK = 128
-_MAX_BLOCKS = 8
-
-
-def query_blocks(tokens: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the queries that are computed together: at most 8 blocks, of 128 or more."""
-    size = max(_MIN_BLOCK, -(-tokens // _MAX_BLOCKS))
-    for start in range(0, tokens, size):
-        yield start, min(start + size, tokens)
+from llama31_core.training.masks import bias
+from llama31_core.training.pieces import query_blocks
 
 
 def attention_biases(segment_ids_BT: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
-    """What is added to the scores of each block of queries, (B, C, S): 0 for a key it sees, else very negative.
-
-    A token sees itself and what stands before it in its own segment. Computed once a batch, for all layers.
-    """
-    biases = []
-    for start, stop in query_blocks(segment_ids_BT.shape[1]):
-        is_later = np.arange(stop)[None, :] > np.arange(start, stop)[:, None]
-        is_foreign = segment_ids_BT[:, None, :stop] != segment_ids_BT[:, start:stop, None]
-        biases.append(np.where(is_later[None] | is_foreign, _HIDDEN, np.float32(0)))
-    return biases
+    """What is added to the scores of each block of queries, (B, C, S). Computed once a batch, for all layers."""
+    blocks = query_blocks(segment_ids_BT.shape[1])
+    return [bias(segment_ids_BT, np.arange(start, stop), np.arange(stop)) for start, stop in blocks]
 
 
 class BlockwiseAttention(nn.Cell):  # type: ignore[misc]

@@ -19,7 +19,8 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from llama31_core.training.batch import Batch
 from llama31_core.training.block import BlockBackward, BlockForward, Recompute
-from llama31_core.training.head import HeadGradient, HeadLoss, Objective, Vocabulary, chunk_size, label_chunks
+from llama31_core.training.head import HeadGradient, HeadLoss, Objective, Vocabulary, label_chunks
+from llama31_core.training.pieces import chunk_size
 from llama31_core.training.weights import TrainedWeights, layer_name
 
 

@@ -9,15 +9,14 @@ Shapes: B sequences, T tokens, E = dim, H query heads, K key-value heads, D widt
 
 from __future__ import annotations
 
-from typing import Literal
-
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from llama31_core.model.transformer import TransformerBlock
+from llama31_core.run_config.training import RecomputePolicy
 
 # What is computed again in the backward pass, beside norms, rotations, attention scores and SwiGLU, which always are:
 # nothing; gate and up, over half of what is kept; or the whole layer from its input.
-Recompute = Literal["none", "select", "full"]
+Recompute = RecomputePolicy
 NUM_KEPT: dict[Recompute, int] = {"none": 7, "select": 5, "full": 0}
 
 
@@ -34,8 +33,8 @@ class BlockForward(nn.Cell):  # type: ignore[misc]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Output and kept activations; with full recomputation just the input is needed, which the caller has."""
         q, k, v = self.project(x_BTE, cos_BT1D, sin_BT1D)
-        mixed_BTE = self.block.attention.core(q, k, v, positions_BT, *context)
-        h_BTE = x_BTE + self.block.attention.wo(mixed_BTE)
+        mixed_BTE = self.mix(q, k, v, positions_BT, *context)
+        h_BTE = x_BTE + self.gather(mixed_BTE)
         gate_BTF, up_BTF = self.widen(h_BTE)
         y_BTE = h_BTE + self.narrow(gate_BTF, up_BTF)
         if self._recompute == "full":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from llama31_core.training.dataset import MindRecordDataset
 from llama31_core.training.head import Objective
 from llama31_core.training.lora import Lora, LoraTrainedLayers
 from llama31_core.training.native_attention import attention_core
+from llama31_core.training.report import perplexity
 from llama31_core.training.weights import TrainedWeights
 
 
@@ -36,7 +36,7 @@ class HeldOut:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+        return perplexity(self.loss)
 
 
 def evaluate(

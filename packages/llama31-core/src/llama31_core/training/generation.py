@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mindspore as ms
-import numpy as np
-from mindspore import Tensor
 from mindspore.nn.utils import no_init_parameters
 
 from llama31_core.inference.engine import Engine
@@ -18,6 +16,7 @@ from llama31_core.inference.engine_plan import EnginePlan
 from llama31_core.inference.options import EngineOptions
 from llama31_core.inference.runner import GraphRunner, native_kernels_here
 from llama31_core.inference.sampling_params import SamplingParams
+from llama31_core.inference.values import clear_caches, is_cache
 from llama31_core.model import Llama, PagedAttention
 from llama31_core.training.lora import Lora, merged
 from llama31_core.training.weights import TrainedWeights
@@ -63,14 +62,12 @@ class SampleGenerator:
         config, cache = self._weights.config, self._plan.cache
         with no_init_parameters():
             llama = Llama(config, lambda: PagedAttention(config, cache.num_blocks, cache.block_size))
-        for name, parameter in llama.parameters_and_names():
-            if name.endswith("_cache"):
-                parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
+        clear_caches(llama)
         self._point(llama)
         ms.set_context(mode=ms.GRAPH_MODE)
         return GraphRunner(llama, cache.num_blocks, cache.block_size, native=native_kernels_here())
 
     def _point(self, llama: Llama) -> None:
         for name, parameter in llama.parameters_and_names():
-            if not name.endswith("_cache"):
+            if not is_cache(name):
                 parameter.set_data(merged(self._weights.tensors, name, self._lora))

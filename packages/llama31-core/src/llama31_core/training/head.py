@@ -19,10 +19,6 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from llama31_core.model import Llama
 from llama31_core.training.batch import IGNORED_LABEL
 
-_CHUNK_LOGITS = 1 << 25  # 128 MiB of float32
-_MAX_CHUNK = 512
-_MIN_CHUNK = 64
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -35,12 +31,6 @@ class Objective:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-
-
-def chunk_size(vocab_size: int, tokens: int) -> int:
-    """Tokens of a chunk: as many as 128 MiB of logits hold, between 64 and 512, and no more than there are."""
-    fitting = max(_MIN_CHUNK, min(_MAX_CHUNK, _CHUNK_LOGITS // vocab_size // _MIN_CHUNK * _MIN_CHUNK))
-    return min(fitting, tokens)
 
 
 def label_chunks(

@@ -8,14 +8,14 @@ Shapes: B sequences, T tokens, H query heads, K key-value heads, D width of a he
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
 import numpy.typing as npt
-from mindspore import Tensor, nn, ops
-from mindspore.ops import CustomRegOp, DataType
+from mindspore import Tensor, nn
 
 from llama31_core.config import ModelConfig
 from llama31_core.inference.runner import native_kernels_here
-from llama31_core.kernels.native import load_library
+from llama31_core.kernels.native.operator import native_operator
 from llama31_core.model.attention import AttentionCore
 from llama31_core.training.attention import BlockwiseAttention
 
@@ -41,19 +41,20 @@ class NativeAttention(nn.Cell):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self._attend = _operator(
+        qkv_starts = [ms.float32] * 3 + [ms.int32]
+        self._attend = native_operator(
             "Llama31TrainAttention",
-            "FFFI",
-            "F",
-            lambda q, k, v, starts: (q[0], q[1], q[2] * q[3]),
-            lambda q, k, v, starts: q,
+            qkv_starts,
+            1,
+            out_shape=lambda q, k, v, starts: (q[0], q[1], q[2] * q[3]),
+            out_dtype=lambda q, k, v, starts: q,
         )
-        self._differentiate = _operator(
+        self._differentiate = native_operator(
             "Llama31TrainAttentionGrad",
-            "FFFIFF",
-            "FFF",
-            lambda q, k, v, starts, out, d_out: (q, k, v),
-            lambda q, k, v, starts, out, d_out: (q, k, v),
+            [*qkv_starts, ms.float32, ms.float32],
+            3,
+            out_shape=lambda q, k, v, starts, out, d_out: (q, k, v),
+            out_dtype=lambda q, k, v, starts, out, d_out: (q, k, v),
         )
 
     @staticmethod
@@ -79,16 +80,3 @@ class NativeAttention(nn.Cell):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, given the output and its gradient."""
         return self._differentiate(q_BTHD, k_BTKD, v_BTKD, starts_BT, out_BTE, d_out_BTE)  # type: ignore[no-any-return]
-
-
-def _operator(function: str, inputs: str, outputs: str, shape: object, dtype: object) -> ops.Custom:
-    """F: float32, I: int32."""
-    kinds = {"F": DataType.F32_Default, "I": DataType.I32_Default}
-    info = CustomRegOp()
-    for index in range(len(inputs)):
-        info = info.input(index, f"x{index}")
-    for index in range(len(outputs)):
-        info = info.output(index, f"y{index}")
-    info = info.dtype_format(*(kinds[kind] for kind in inputs + outputs)).target("CPU")
-    library = f"{load_library()}:{function}"
-    return ops.Custom(library, out_shape=shape, out_dtype=dtype, func_type="aot", reg_info=info.get_op_info())

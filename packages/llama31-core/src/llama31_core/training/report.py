@@ -66,6 +66,11 @@ class StepReport:
         )
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss), or the greatest number that there is."""
+    return math.exp(min(loss, 700.0))
+
+
 @dataclass(frozen=True)
 class EvalReport:
     """Held-out data after `step` steps.
@@ -87,7 +92,7 @@ class EvalReport:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+        return perplexity(self.loss)
 
     def metrics(self) -> dict[str, Any]:
         """The figures by name."""

@@ -97,12 +97,16 @@ def finite(weights: WeightsReader) -> Callable[[str], Array]:
     """Reads weights, and refuses values that no training could start from."""
 
     def read(name: str) -> Array:
-        value: Array = weights.read(name)
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise CheckpointError(f"{weights.source}: {name} holds values that are no numbers; use another checkpoint")
-        return value
+        return require_finite(weights.read(name), name, weights.source)
 
     return read
+
+
+def require_finite(value: Array, name: str, source: Path) -> Array:
+    """The values of a weight. Raises CheckpointError if some are no numbers."""
+    if not np.isfinite(value.astype(np.float32)).all():
+        raise CheckpointError(f"{source}: {name} holds values that are no numbers; use another checkpoint")
+    return value
 
 
 def check_room(destination: Path, needed_bytes: int) -> None:

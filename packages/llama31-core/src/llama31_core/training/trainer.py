@@ -19,7 +19,6 @@ from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError, Llama31Error
 from llama31_core.run_config import RunConfig
 from llama31_core.training.batch import IGNORED_LABEL, Batch
-from llama31_core.training.block import Recompute
 from llama31_core.training.checkpoints import (
     AdapterFiles,
     Checkpoints,
@@ -124,10 +123,8 @@ class Trainer:
         run, wrapper = self._run, self._run.runner_wrapper
         self._weights = self._ranks.load_weights(run, self.config, self._lora, self._resumed_from)
         self._optimizer = self._ranks.build_optimizer(self._weights, run)
-        recompute: Recompute = "select" if run.recompute_config.select_recompute else "none"
-        recompute = "full" if run.recompute_config.recompute else recompute
         objective = Objective(wrapper.label_smoothing, wrapper.z_loss)
-        self._backprop = self._ranks.build_backprop(self._weights, objective, recompute)
+        self._backprop = self._ranks.build_backprop(self._weights, objective, run.recompute_config.policy)
         self._step = TrainStep(
             self._backprop,
             self._optimizer,

@@ -1,0 +1,35 @@
+"""Values of a model's parameters for prediction: arrays in, tensors over the same memory out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from llama31_core.checkpoint.dtypes import Array
+
+
+def set_value(parameter: ms.Parameter, values: Array) -> None:
+    """Give a parameter values; those that have its type are neither copied nor brought to another one on the way."""
+    if getattr(ms, values.dtype.name) == parameter.dtype:
+        parameter.set_data(Tensor.from_numpy(values))
+    else:
+        parameter.set_data(Tensor.from_numpy(values.astype(np.float32)).astype(parameter.dtype))
+
+
+def caches(model: nn.Cell) -> Iterator[ms.Parameter]:
+    """The key and value caches of a model built with `PagedAttention`."""
+    return (parameter for name, parameter in model.parameters_and_names() if is_cache(name))
+
+
+def clear_caches(model: nn.Cell) -> None:
+    """Give the caches zeros; one in float32 takes memory as it is written."""
+    for cache in caches(model):
+        set_value(cache, np.zeros(cache.shape, np.float32))
+
+
+def is_cache(name: str) -> bool:
+    """Whether a parameter is a cache, which no checkpoint has."""
+    return name.endswith("_cache")
