@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from llama31_core import Engine, ModelConfig, SamplingParams
+from llama31_core.device import ASCEND
 from llama31_core.errors import ConfigError, Llama31Error, RequestError
 from llama31_core.inference.cache_plan import available_memory_bytes, block_size_bytes
 from llama31_core.inference.engine_plan import EnginePlan
@@ -30,7 +31,6 @@ from llama31_serve.server.engine import (
 from llama31_serve.server.options import EngineOptions
 from llama31_serve.server.settings import Settings
 
-ASCEND = Path("/dev/davinci_manager")
 GIB = 1 << 30
 
 # Sampling's fields that are SamplingParams' under the same name.

@@ -86,14 +86,7 @@ class ServerOptions:
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise StartError(f"--{name} is {port}, allowed are 0 (any free one) to 65535")
-        for name in (
-            "max_running",
-            "max_per_tenant",
-            "default_max_tokens",
-            "max_prompt_tokens",
-            "max_new_tokens",
-            "tokenizer_threads",
-        ):
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StartError(f"--{name} is {value}, allowed are numbers from 1 up")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from llama31_serve.errors import FieldViolation
-from llama31_serve.server.refusal import invalid
+from llama31_serve.server.generation_request import GenerationRequest, Limits, require_valid
+from llama31_serve.server.refusal import Refusal, invalid
 
 _OWN_WORDS = {
     "extra_forbidden": "is a field this server does not know; leave it out",
@@ -41,6 +43,27 @@ def has_field(data: bytes, name: str) -> bool:
     except ValueError:
         return False
     return isinstance(value, dict) and name in value
+
+
+def checked_request(
+    request: GenerationRequest, limits: Limits, wrong: Sequence[FieldViolation], names: Mapping[str, str]
+) -> GenerationRequest:
+    """The request. Raises Refusal (INVALID_ARGUMENT) with all wrong fields, by the names that the body has for them."""
+    try:
+        require_valid(request, limits, wrong)
+    except Refusal as refusal:
+        raise refusal.renamed(names) from None
+    return request
+
+
+def or_else(value: Any, default: Any) -> Any:
+    """A field that may be null."""
+    return default if value is None else value
+
+
+def strings(stop: list[str] | str | None) -> tuple[str, ...]:
+    """A field that is one string or several."""
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
 def _violation(kind: str, location: tuple[int | str, ...], message: str) -> FieldViolation:

@@ -18,11 +18,9 @@ from llama31_serve.server.generation_request import (
     Limits,
     Prompt,
     message_violations,
-    require_valid,
     token_id_violations,
 )
-from llama31_serve.server.http.body import Body
-from llama31_serve.server.refusal import Refusal
+from llama31_serve.server.http.body import Body, checked_request, or_else, strings
 from llama31_serve.server.serving_model import ServingModel
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -109,18 +107,18 @@ class OpenAiBody(Body):
     def shared(self) -> dict[str, Any]:
         """The fields of GenerationRequest that both kinds fill alike."""
         return {
-            "n": _or(self.n, 1),
-            "temperature": _or(self.temperature, 1.0),
-            "top_p": _or(self.top_p, 1.0),
-            "top_k": max(_or(self.top_k, 0), 0),
-            "min_p": _or(self.min_p, 0.0),
-            "typical_p": _or(self.typical_p, 1.0),
-            "repetition_penalty": _or(self.repetition_penalty, 1.0),
-            "presence_penalty": _or(self.presence_penalty, 0.0),
-            "frequency_penalty": _or(self.frequency_penalty, 0.0),
+            "n": or_else(self.n, 1),
+            "temperature": or_else(self.temperature, 1.0),
+            "top_p": or_else(self.top_p, 1.0),
+            "top_k": max(or_else(self.top_k, 0), 0),
+            "min_p": or_else(self.min_p, 0.0),
+            "typical_p": or_else(self.typical_p, 1.0),
+            "repetition_penalty": or_else(self.repetition_penalty, 1.0),
+            "presence_penalty": or_else(self.presence_penalty, 0.0),
+            "frequency_penalty": or_else(self.frequency_penalty, 0.0),
             "seed": self.seed,
-            "min_tokens": _or(self.min_tokens, 0),
-            "stop_strings": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "min_tokens": or_else(self.min_tokens, 0),
+            "stop_strings": strings(self.stop),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "include_stop_string": self.include_stop_str_in_output,
             "ignore_eos": self.ignore_eos,
@@ -186,7 +184,7 @@ def read_chat_body(body: ChatBody, model: ServingModel, limits: Limits, request_
         adapter=model.adapter_of(body.model),
         **body.shared(),
     )
-    return _checked(checked, limits, wrong, CHAT_NAMES)
+    return checked_request(checked, limits, wrong, CHAT_NAMES)
 
 
 def read_completion_body(
@@ -207,7 +205,7 @@ def read_completion_body(
         request = GenerationRequest(
             prompt=asked,
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
-            max_tokens=_or(body.max_tokens, DEFAULT_COMPLETION_TOKENS),
+            max_tokens=or_else(body.max_tokens, DEFAULT_COMPLETION_TOKENS),
             logit_bias=biases,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
@@ -215,7 +213,7 @@ def read_completion_body(
             adapter=model.adapter_of(body.model),
             **body.shared(),
         )
-        checked.append(_checked(request, limits, wrong, COMPLETION_NAMES))
+        checked.append(checked_request(request, limits, wrong, COMPLETION_NAMES))
     return checked
 
 
@@ -260,17 +258,3 @@ def _forced_call(body: ChatBody) -> tuple[Grammar | None, list[FieldViolation]]:
         for function in functions
     ]
     return Grammar("json_schema", json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})), []
-
-
-def _checked(
-    request: GenerationRequest, limits: Limits, wrong: list[FieldViolation], names: dict[str, str]
-) -> GenerationRequest:
-    try:
-        require_valid(request, limits, wrong)
-    except Refusal as refusal:
-        raise refusal.renamed(names) from None
-    return request
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

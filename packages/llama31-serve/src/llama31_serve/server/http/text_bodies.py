@@ -12,9 +12,8 @@ from pydantic import Field
 
 from llama31_serve.errors import FieldViolation
 from llama31_serve.server.engine import Grammar
-from llama31_serve.server.generation_request import GenerationRequest, Limits, require_valid
-from llama31_serve.server.http.body import Body
-from llama31_serve.server.refusal import Refusal
+from llama31_serve.server.generation_request import GenerationRequest, Limits
+from llama31_serve.server.http.body import Body, checked_request, or_else, strings
 from llama31_serve.server.text import TextWorker
 
 DEFAULT_MAX_NEW_TOKENS = 20
@@ -140,30 +139,30 @@ def read_text_body(body: TextBody, text: TextWorker, limits: Limits, request_id:
     checked = GenerationRequest(
         prompt=text.as_trained(body.inputs),
         **_id(body.id or request_id),
-        temperature=_or(asked.temperature, 1.0) if asked.samples else 0.0,
-        top_k=max(_or(asked.top_k, 0), 0) if asked.samples else 0,
-        top_p=_or(asked.top_p, 1.0) if asked.samples else 1.0,
-        typical_p=_or(asked.typical_p, 1.0) if asked.samples else 1.0,
-        repetition_penalty=_or(asked.repetition_penalty, 1.0),
-        presence_penalty=_or(asked.presence_penalty, 0.0),
-        frequency_penalty=_or(asked.frequency_penalty, 0.0),
+        temperature=or_else(asked.temperature, 1.0) if asked.samples else 0.0,
+        top_k=max(or_else(asked.top_k, 0), 0) if asked.samples else 0,
+        top_p=or_else(asked.top_p, 1.0) if asked.samples else 1.0,
+        typical_p=or_else(asked.typical_p, 1.0) if asked.samples else 1.0,
+        repetition_penalty=or_else(asked.repetition_penalty, 1.0),
+        presence_penalty=or_else(asked.presence_penalty, 0.0),
+        frequency_penalty=or_else(asked.frequency_penalty, 0.0),
         seed=asked.seed,
-        max_tokens=_or(asked.max_new_tokens, DEFAULT_MAX_NEW_TOKENS),
+        max_tokens=or_else(asked.max_new_tokens, DEFAULT_MAX_NEW_TOKENS),
         clamp_max_tokens=True,
-        stop_strings=_strings(asked.stop),
+        stop_strings=strings(asked.stop),
         stop_token_ids=tuple(asked.stop_token_ids or ()),
-        include_stop_string=_or(asked.include_stop_str_in_output, True),
+        include_stop_string=or_else(asked.include_stop_str_in_output, True),
         ignore_eos=bool(asked.ignore_eos),
         include_special_tokens=asked.skip_special_tokens is False,
-        logprobs=_or(asked.top_n_tokens, 0) if details else None,
+        logprobs=or_else(asked.top_n_tokens, 0) if details else None,
         prompt_logprobs=0 if asked.decoder_input_details else None,
         grammar=None if asked.grammar is None else asked.grammar.grammar(),
-        priority=_or(asked.priority, 0),
+        priority=or_else(asked.priority, 0),
         adapter=asked.adapter_id or None,
         truncate_prompt_to=asked.truncate,
         deadline_s=asked.timeout,
     )
-    return _checked(checked, limits, wrong, TEXT_NAMES)
+    return checked_request(checked, limits, wrong, TEXT_NAMES)
 
 
 def read_prompt_body(
@@ -178,7 +177,7 @@ def read_prompt_body(
         **_id(request_id),
         n=body.n,
         temperature=body.temperature,
-        top_k=max(_or(body.top_k, 0), 0),
+        top_k=max(or_else(body.top_k, 0), 0),
         top_p=body.top_p,
         min_p=body.min_p,
         typical_p=body.typical_p,
@@ -189,33 +188,15 @@ def read_prompt_body(
         max_tokens=body.max_tokens,
         clamp_max_tokens=True,
         min_tokens=body.min_tokens,
-        stop_strings=_strings(body.stop),
+        stop_strings=strings(body.stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         include_stop_string=body.include_stop_str_in_output,
         ignore_eos=body.ignore_eos,
         include_special_tokens=not body.skip_special_tokens,
         adapter=adapter,
     )
-    return _checked(checked, limits, wrong, PROMPT_NAMES)
-
-
-def _checked(
-    request: GenerationRequest, limits: Limits, wrong: list[FieldViolation], names: dict[str, str]
-) -> GenerationRequest:
-    try:
-        require_valid(request, limits, wrong)
-    except Refusal as refusal:
-        raise refusal.renamed(names) from None
-    return request
+    return checked_request(checked, limits, wrong, PROMPT_NAMES)
 
 
 def _id(request_id: str | None) -> dict[str, Any]:
     return {} if request_id is None else {"request_id": request_id}
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _strings(stop: list[str] | str | None) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop or ())
