@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+from llama31_core.native_support import find_compiler
 
 _SOURCE = r"""
 #include <chrono>
@@ -42,7 +42,7 @@ int main(int, char **argv) {
 
 def read_bandwidth(threads: int) -> float:
     """Bytes/s of sequential reading, the best of eight rounds."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = find_compiler()
     if compiler is None:
         raise SystemExit("measuring the memory's bandwidth needs g++ or clang++")
     with tempfile.TemporaryDirectory() as directory:
