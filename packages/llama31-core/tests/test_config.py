@@ -96,6 +96,7 @@ def test_hf_form_round_trips_also_through_transformers(name: str, tmp_path: Path
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type llama3"),
         ({"eos_token_id": 512}, "not in the vocabulary"),
         ({"vocab_size": 0}, "must be positive"),
+        ({"num_hidden_layers": 10**9}, "n_layers: must be at most 10000, got 1000000000"),
     ],
 )
 def test_bad_files_are_refused_by_file_and_key(change: dict[str, object], message: str, tmp_path: Path) -> None:

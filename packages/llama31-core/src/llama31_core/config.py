@@ -18,6 +18,8 @@ from llama31_core.hf_config import fields_from_hf, hf_from_fields
 from llama31_core.mindformers_config import fields_from_mindformers, is_mindformers, mindformers_from_fields
 from llama31_core.validation import did_you_mean, first_problem
 
+_MAX_LAYERS = 10_000  # 80 times those of the largest Llama
+
 
 class RopeScaling(BaseModel):
     """Frequency scaling of Llama 3.1 (`apply_scaling` in Meta's llama-models `models/llama3/model.py`).
@@ -93,6 +95,14 @@ class ModelConfig(BaseModel):
     def _positive(cls, value: int) -> int:
         if value <= 0:
             raise ValueError(f"must be positive, got {value}")
+        return value
+
+    @field_validator("n_layers")
+    @classmethod
+    def _countable(cls, value: int) -> int:
+        # A damaged number must not have every name of a billion layers spelled out before anything is compared.
+        if value > _MAX_LAYERS:
+            raise ValueError(f"must be at most {_MAX_LAYERS}, got {value}")
         return value
 
     @model_validator(mode="after")
