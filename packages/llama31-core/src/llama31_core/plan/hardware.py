@@ -75,7 +75,7 @@ _HCCS = "392 GB/s, as commonly given for Atlas 800T A2, both ways over seven HCC
 _NPU_LATENCY = "assumed, to start a collective"
 _ASCEND_RESERVE = "MindFormers' files give the framework 58 of 64 GB (context.max_device_memory)"
 
-CPU_RESERVED_BYTES = 550_000_000
+CPU_RESERVED_BYTES = 330_000_000
 
 _ASCEND_910B = Device(
     name="ascend910b",
