@@ -4,8 +4,9 @@
 
 makes a bfloat16 checkpoint of that shape with HF's names in a temporary directory (`--directory` says where; it is
 removed afterwards) and runs each program in a process of its own, in turn within each round, each round beginning with
-another one. All of them end with the output on disk (fsync); `cp` is shown without that too. Figures are medians over
-the rounds and contain the start of the process.
+another one. All of them end with the output on disk (fsync); `cp` is shown without that too. Before each, the input is
+brought to the same state: read through once, so that it is in the page cache as far as it fits, or put out of it with
+`--cold`. Figures are medians over the rounds and contain the start of the process.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def run_process(command: Sequence[str], synced: Path | None = None) -> tuple[flo
     """Seconds a process takes, with fsync of `synced`, and its peak memory in MB (0 if it does not say)."""
     os.sync()
     start = time.perf_counter()
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {result.returncode}: {result.stderr}")
     if synced is not None:
         descriptor = os.open(synced, os.O_RDONLY)
         os.fsync(descriptor)
@@ -76,7 +79,18 @@ def run_process(command: Sequence[str], synced: Path | None = None) -> tuple[flo
     return seconds, int(peak[0]) / 1024 if peak else 0.0
 
 
-def measure(source: Path, directory: Path, rounds: int, *, naive: bool) -> dict[str, list[tuple[float, float]]]:
+def set_page_cache(path: Path, *, cold: bool) -> None:
+    """Bring a file into the page cache, or put it out of it."""
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        block = bytearray(8 << 20)
+        while not cold and file.readinto(block):
+            pass
+
+
+def measure(
+    source: Path, directory: Path, rounds: int, *, naive: bool, cold: bool
+) -> dict[str, list[tuple[float, float]]]:
     """Seconds and peak MB of each program in each round."""
     out = directory / "out"
     weights = source / "model.safetensors"
@@ -97,7 +111,9 @@ def measure(source: Path, directory: Path, rounds: int, *, naive: bool) -> dict[
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             subprocess.run([sys.executable, "-c", _TOUCH, str(min(weights.stat().st_size, _TOUCHED_BYTES))], check=True)
+            set_page_cache(weights, cold=cold)
             results[name].append(run_process(*programs[name]))
+            print(f"round {number + 1}: {name}: {results[name][-1][0]:.2f} s", file=sys.stderr, flush=True)
             for path in directory.glob("out*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     return results
@@ -124,14 +140,18 @@ def main() -> int:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="llama3.2-1b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where there is room for twice the checkpoint")
+    parser.add_argument("--cold", action="store_true", help="each program reads its input from the disk")
     parser.add_argument("--streamed_only", action="store_true", help="leave out MindSpore, which loads all into memory")
     arguments = parser.parse_args()
     config = ModelConfig.preset(arguments.preset)
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="llama31-bench-") as scratch:
         directory = Path(scratch)
         size_bytes = make_checkpoint(directory / "hf", config)
-        print(f"{arguments.preset}: {size_bytes / 1e9:.2f} GB in bfloat16, medians of {arguments.rounds} rounds\n")
-        results = measure(directory / "hf", directory, arguments.rounds, naive=not arguments.streamed_only)
+        where = "on disk" if arguments.cold else "in the page cache"
+        print(f"{arguments.preset}: {size_bytes / 1e9:.2f} GB in bfloat16, {where}")
+        print(f"Medians of {arguments.rounds} rounds:\n")
+        naive = not arguments.streamed_only
+        results = measure(directory / "hf", directory, arguments.rounds, naive=naive, cold=arguments.cold)
         reference = statistics.median(seconds for seconds, _ in results["cp, synced"])
         print("| program | s | GB/s | of cp, synced | peak MB |\n|---|---|---|---|---|")
         for name, runs in results.items():
