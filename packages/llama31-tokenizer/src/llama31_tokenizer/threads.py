@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
@@ -33,24 +33,24 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | 
     """
     objects = _id_objects(tokenizer.vocab_size)
 
-    def encode_group(group: Sequence[str]) -> list[list[int]]:
+    def encode_group(own: Tokenizer, group: Sequence[str]) -> list[list[int]]:
         if _is_long(group):
-            return [objects.take(tokenizer.encode_to_numpy(text)).tolist() for text in group]
-        return _split(objects, *tokenizer.encode_many_to_numpy(group))
+            return [objects.take(own.encode_to_numpy(text)).tolist() for text in group]
+        return _split(objects, *own.encode_many_to_numpy(group))
 
-    return map_groups(encode_group, texts, num_threads)
+    return map_groups(encode_group, tokenizer, texts, num_threads)
 
 
 def count_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | None) -> list[int]:
     """Numbers of tokens of plain texts."""
+    return map_groups(_count_group, tokenizer, texts, num_threads)
 
-    def count_group(group: Sequence[str]) -> list[int]:
-        if _is_long(group):
-            return [tokenizer.count(text) for text in group]
-        lengths: list[int] = tokenizer.encode_many_to_numpy(group)[1].tolist()
-        return lengths
 
-    return map_groups(count_group, texts, num_threads)
+def _count_group(own: Tokenizer, group: Sequence[str]) -> list[int]:
+    if _is_long(group):
+        return [own.count(text) for text in group]
+    lengths: list[int] = own.encode_many_to_numpy(group)[1].tolist()
+    return lengths
 
 
 def _is_long(group: Sequence[str]) -> bool:
@@ -58,12 +58,23 @@ def _is_long(group: Sequence[str]) -> bool:
 
 
 def map_groups(
-    work: Callable[[Sequence[str]], list[Result]], texts: Sequence[str], num_threads: int | None
+    work: Callable[[Tokenizer, Sequence[str]], list[Result]],
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    num_threads: int | None,
 ) -> list[Result]:
-    """`work(texts)`, done for a group of texts at a time in `num_threads` threads (None: as many as cores).
+    """`work(tokenizer, texts)`, done for a group of texts at a time in `num_threads` threads.
 
-    tiktoken works without Python's global lock, so threads do run at the same time. The calling thread is one of them:
-    tiktoken's matcher is a fifth faster in the thread that used it first.
+    tiktoken works without Python's global lock, so threads do run at the same time. The calling thread is one of them.
+
+    Args:
+        work: a result for each text, with the tokenizer it is handed: another than `tokenizer` in another thread.
+        tokenizer: whose ids.
+        texts: the texts.
+        num_threads: how many threads; None: as many as the process has cores.
+
+    Raises:
+        TokenizerError: wrong arguments, or what `work` raises; an error ends the other threads' work too.
     """
     if isinstance(texts, str):
         raise TokenizerError("texts is one string, expected a list of strings; use encode for one text")
@@ -74,23 +85,23 @@ def map_groups(
     done: list[list[Result]] = [[] for _ in groups]
     pending = iter(range(len(groups)))
 
-    def drain() -> None:
+    def drain(own: Tokenizer) -> None:
         try:
             for index in pending:
-                done[index] = work(groups[index])
+                done[index] = work(own, groups[index])
         except BaseException:
-            deque(pending, maxlen=0)  # an error ends the other threads' work too
+            deque(pending, maxlen=0)  # the other threads find nothing more to do
             raise
 
     others = min(threads, len(groups)) - 1
-    if others <= 0:
-        drain()
-    else:
-        with ThreadPoolExecutor(others) as pool:
-            futures = [pool.submit(drain) for _ in range(others)]
-            drain()
-            for future in futures:
-                future.result()
+    futures = tokenizer.workers.submit(drain, tokenizer, others, sum(map(len, texts))) if others > 0 else []
+    try:
+        drain(tokenizer)
+    finally:
+        running = [future for future in futures if not future.cancel()]
+        wait(running)
+    for future in running:
+        future.result()
     return [result for group in done for result in group]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from llama31_tokenizer.fast_engine import Engine, check_engine
 from llama31_tokenizer.loading import load_directory, load_vocabulary
 from llama31_tokenizer.special_text import SpecialSet, encode_with_special
 from llama31_tokenizer.vocabulary import Vocabulary
+from llama31_tokenizer.workers import Workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +45,7 @@ class Tokenizer:
         stop_ids: ids that end a generation.
         special_tokens: control tokens, name to id.
         sha256: of the vocabulary file (of a GGUF file: of its key-value header).
+        workers: the threads of `encode_batch` and `count_batch`.
     """
 
     def __init__(self, vocabulary: Vocabulary, engine: Engine = "tiktoken") -> None:
@@ -65,6 +68,7 @@ class Tokenizer:
         self.special_tokens: Mapping[str, int] = MappingProxyType(dict(vocabulary.special_tokens))
         self.sha256 = vocabulary.sha256
         self._special_ids = frozenset(self.special_tokens.values())
+        self.workers = Workers()
 
     @classmethod
     def from_file(
@@ -166,16 +170,12 @@ class Tokenizer:
         """`encode` of each text, in threads (as many as the process has cores, unless told otherwise)."""
         from llama31_tokenizer.threads import encode_texts, map_groups
 
-        if not (allowed_special or disallowed_special):
+        if allowed_special or disallowed_special:
+            encode = partial(Tokenizer.encode, allowed_special=allowed_special, disallowed_special=disallowed_special)
+            rows = map_groups(lambda own, group: [encode(own, text) for text in group], self, texts, num_threads)
+        else:
             rows = encode_texts(self, texts, num_threads)
-            return [self.with_ends(ids, bos=bos, eos=eos) for ids in rows] if bos or eos else rows
-
-        def encode_group(group: Sequence[str]) -> list[list[int]]:
-            names = (allowed_special, disallowed_special)
-            rows = (encode_with_special(text, self._codec.encode, self.special_tokens, *names) for text in group)
-            return [self.with_ends(ids, bos=bos, eos=eos) for ids in rows]
-
-        return map_groups(encode_group, texts, num_threads)
+        return [self.with_ends(ids, bos=bos, eos=eos) for ids in rows] if bos or eos else rows
 
     def encode_to_numpy(self, text: str, *, bos: bool = False, eos: bool = False) -> npt.NDArray[np.int32]:
         """`encode` as an int32 array (N,)."""
