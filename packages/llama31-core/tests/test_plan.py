@@ -25,7 +25,9 @@ from llama31_core.plan import (
 )
 from llama31_core.plan.published import PUBLISHED, compare
 from llama31_core.plan.search import search_layouts
+from llama31_core.run_config import load_run_config
 from llama31_core.training.pieces import chunk_size, query_blocks, query_key_pairs
+from llama31_core.training.run_plan import RunPlan
 
 NPU = find_device("ascend910b")
 SMALL: dict[str, Any] = {
@@ -183,6 +185,16 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_micro_batches_are_those_that_the_trainer_makes(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(TRAINS)
+    for stages, accumulated, counted in ((2, 1, 4), (2, 3, 12), (1, 1, 1), (1, 3, 3)):
+        values = [f"parallel_config.pipeline_stage={stages}"]
+        values.append(f"runner_config.gradient_accumulation_steps={accumulated}")
+        run = load_run_config(tmp_path / "run.yaml", values)
+        assert TrainWorkload.of(run, "run.yaml").micro_batches == counted
+        assert RunPlan.of(run, 100, "run.yaml").accumulated == counted
+
+
 def test_the_architecture_may_be_that_of_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ModelConfig.preset("smollm2-135m").save_pretrained(tmp_path / "model")
     (tmp_path / "run.yaml").write_text("lr_schedule: {learning_rate: 1.0e-5}\nmodel: {model_config: {seq_length: 256}}")
@@ -199,7 +211,16 @@ def test_the_architecture_may_be_that_of_the_checkpoint(tmp_path: Path, capsys: 
         (["--device", "ascend910x"], "did you mean 'ascend910"),
         (["--devices", "8"], "it is for --search"),
         (["--search", "--devices", "0"], "allowed is 1 or more"),
-        (["parallel_config.pipeline_stage=5"], "4 micro-batches for pipeline_stage=5"),
+        (["parallel_config.pipeline_stage=5"], "run.yaml: micro_batch_num=4 is less than pp=5"),
+        (
+            ["parallel_config.micro_batch_num=5", "model.model_config.pp_interleave_num=2"],
+            "micro_batch_num=5 is no multiple of pp=2",
+        ),
+        (
+            ["parallel_config.context_parallel=2", "model.model_config.seq_length=258"],
+            "run.yaml: seq_length=258 cannot be cut into 2 x cp = 4",
+        ),
+        (["parallel_config.use_seq_parallel=True", "model.model_config.seq_length=255"], "the 255 tokens that a rank"),
         (["parallel_config.model_parallel=3"], "tp=3 does not fit"),
     ],
 )

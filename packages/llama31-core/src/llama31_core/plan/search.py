@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.parallel.mesh import ParallelConfig
+from llama31_core.parallel.sequence import check_sequence
 from llama31_core.plan.hardware import Device
 from llama31_core.plan.training import TrainingPlan, plan_training
 from llama31_core.plan.workload import TrainWorkload
@@ -98,7 +99,9 @@ def _misfit(config: ModelConfig, parallel: ParallelConfig, seq_length: int) -> s
     """Why a mesh is none for the model."""
     if parallel.pp > config.n_layers:
         return "more pipeline stages than layers"
-    if seq_length % (parallel.tp * 2 * parallel.cp if parallel.cp > 1 else parallel.tp):
+    try:
+        check_sequence(parallel, seq_length)
+    except ConfigError:
         return "seq_length is no multiple of the parts of a sequence"
     try:
         parallel.check(config)

@@ -8,6 +8,8 @@ from pathlib import Path
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.parallel.mesh import ParallelConfig
+from llama31_core.parallel.schedule import check_micro_batches
+from llama31_core.parallel.sequence import check_sequence
 from llama31_core.plan.hardware import Device
 from llama31_core.precision import DtypeName, Precision
 from llama31_core.run_config import ModelSection, PredictConfig, RunConfig
@@ -68,7 +70,7 @@ class TrainWorkload:
             )
         config = _architecture(run, section, source)
         micro_batches = run.runner_config.gradient_accumulation_steps
-        if run.use_parallel:
+        if run.parallel.pp > 1:  # as the trainer counts: micro_batch_num is of a pipeline
             micro_batches *= run.parallel_config.micro_batch_num
         workload = cls(
             config,
@@ -92,17 +94,12 @@ class TrainWorkload:
         """
         parallel = self.parallel
         parallel.check(self.config)
-        if self.micro_batches < parallel.pp:
-            raise ConfigError(
-                f"{source}: {self.micro_batches} micro-batches for pipeline_stage={parallel.pp} stages; "
-                f"micro_batch_num must be at least {parallel.pp}"
-            )
-        parts = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
-        if self.seq_length % parts:
-            raise ConfigError(
-                f"{source}: seq_length={self.seq_length} is not a multiple of the {parts} parts that context and "
-                f"sequence parallelism make of it"
-            )
+        try:
+            check_sequence(parallel, self.seq_length)
+            if parallel.pp > 1:
+                check_micro_batches(parallel.pp, parallel.interleave, self.micro_batches)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
 
     @property
     def tokens(self) -> int:
