@@ -180,15 +180,52 @@ def test_in_the_background_the_end_is_in_the_launcher_s_log(work_dir: Path) -> N
 
 def test_an_interruption_ends_all_ranks(work_dir: Path) -> None:
     with start(work_dir, "program.py sleep", "2", str(free_port()), "logs", "True", "60") as job:
-        deadline = time.monotonic() + TIMEOUT_S
-        logs = [work_dir / "logs" / f"worker_{rank}.log" for rank in range(2)]
-        while not all(log.is_file() and log.read_text() for log in logs) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for_logs(work_dir)
         job.send_signal(signal.SIGINT)
         _, errors = job.communicate(timeout=TIMEOUT_S)
     assert job.returncode == 130
     assert "interrupted; all ranks of this node are ended" in errors
     assert processes_in(work_dir) == []
+
+
+def wait_for_logs(work_dir: Path) -> None:
+    """Until both ranks of a job have said something."""
+    deadline = time.monotonic() + TIMEOUT_S
+    logs = [work_dir / "logs" / f"worker_{rank}.log" for rank in range(2)]
+    while not all(log.is_file() and log.read_text() for log in logs) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def ends_in(work_dir: Path, seconds: float) -> bool:
+    """Whether nothing of a job is left within so long."""
+    deadline = time.monotonic() + seconds
+    while processes_in(work_dir) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return processes_in(work_dir) == []
+
+
+def test_a_killed_supervisor_takes_all_ranks_with_it(work_dir: Path) -> None:
+    """Nobody is left to end them: they must not hold on to their devices."""
+    with start(work_dir, "program.py sleep", "2", str(free_port()), "logs", "True", "60") as job:
+        wait_for_logs(work_dir)
+        assert len(processes_in(work_dir)) > 4
+        job.kill()
+        job.communicate(timeout=TIMEOUT_S)
+    assert ends_in(work_dir, 10)
+
+
+def test_a_killed_watcher_of_a_rank_ends_the_job_and_the_rank_is_named(work_dir: Path) -> None:
+    with start(work_dir, "program.py sleep", "2", str(free_port()), "logs", "True", "60") as job:
+        wait_for_logs(work_dir)
+        pid = int((work_dir / "logs" / ".running_on_node_0_rank_1").read_text().splitlines()[1])
+        os.kill(pid, signal.SIGKILL)
+        started = time.monotonic()
+        _, errors = job.communicate(timeout=TIMEOUT_S)
+        elapsed_s = time.monotonic() - started
+    assert job.returncode == 1
+    assert "rank 1 has lost the process that watched it, which was killed" in errors
+    assert elapsed_s < 20, f"{elapsed_s} s; msrun alone waits for its scheduler, which sleeps for 300"
+    assert ends_in(work_dir, 10)
 
 
 def test_two_nodes_make_one_group(work_dir: Path) -> None:

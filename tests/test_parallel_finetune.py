@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -124,10 +125,21 @@ def test_a_rank_that_never_comes_is_told(run_file: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_ranks_that_differ_end_with_one_message(run_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("differs", "what"),
+    [
+        ("seed=$RANK_ID", "the configuration"),
+        ("load_checkpoint={}/source$RANK_ID", "the checkpoint of load_checkpoint"),
+    ],
+)
+def test_ranks_that_differ_end_with_one_message(differs: str, what: str, run_file: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        shutil.copytree(tmp_path / "source", tmp_path / f"source{rank}")
+    weights = tmp_path / "source1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x3e")  # the last number, a little larger or smaller
     other = tmp_path / "per_rank.sh"
     command = f"{sys.executable} -m llama31_core finetune {run_file} use_parallel=True parallel_config.data_parallel=2"
-    other.write_text(f'exec {command} output_dir={tmp_path}/out seed="$RANK_ID"\n')
+    other.write_text(f"exec {command} output_dir={tmp_path}/out {differs.format(tmp_path)}\n")
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
@@ -137,7 +149,7 @@ def test_ranks_that_differ_end_with_one_message(run_file: Path, tmp_path: Path) 
     )
     assert done.returncode != 0
     first, second = ((tmp_path / "log" / f"worker_{rank}.log").read_text() for rank in (0, 1))
-    assert "ranks do not agree on the configuration" in first
+    assert f"ranks do not agree on {what}" in first
     assert "ranks do not agree" not in second
     assert not (tmp_path / "out").exists()
 

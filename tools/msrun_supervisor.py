@@ -2,12 +2,14 @@
 
 msrun alone ends the ranks that are left a second after one has died, and then waits for its scheduler, which may take
 minutes, without a word on who died. Here every rank is started through `rank`, which notes how its program ended;
-`launch` reads the first such note, ends all that is left and says which rank it was and where its log is.
+`launch` reads the first such note, ends all that is left and says which rank it was and where its log is. Should one of
+these processes itself be killed, the kernel kills what it started, and `launch` names the rank whose watcher is gone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -21,11 +23,15 @@ from pathlib import Path
 from types import FrameType
 
 FAILURE_NAME = ".first_failure"
+RUNNING_NAME = ".running_on_node_{}_{}"
 LAUNCHER_LOG = "launcher.log"
 _MSRUN = "mindspore.parallel.cluster.run"  # the module of the command msrun
 _POLL_S = 0.2
 _GRACE_S = 3.0
 _LOG_TAIL_LINES = 5
+_WATCHER_GONE = 0  # in place of an exit code
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_LIBC = ctypes.CDLL(None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,15 +48,23 @@ def run_rank(log_dir: Path, node_rank: int, program: list[str]) -> int:
         return (
             0  # msrun starts one on every node that has the master's address; where nodes share a host, node 0's serves
         )
-    code = subprocess.call(program)
+    _signal_with_parent(signal.SIGKILL)
+    name = "the scheduler" if os.environ.get("MS_ROLE") == "MS_SCHED" else f"rank {os.environ.get('RANK_ID')}"
+    running = log_dir / RUNNING_NAME.format(node_rank, name.replace(" ", "_"))
+    running.write_text(f"{name}\n{os.getpid()}\n")
+    code = subprocess.call(program, preexec_fn=lambda: _signal_with_parent(signal.SIGKILL))
     if code != 0:
-        name = "the scheduler" if os.environ.get("MS_ROLE") == "MS_SCHED" else f"rank {os.environ.get('RANK_ID')}"
-        try:
-            with open(log_dir / FAILURE_NAME, "x") as file:
-                file.write(f"{name}\n{code}\n")
-        except FileExistsError:
-            pass
+        _note_failure(log_dir, name, code)
+    running.unlink(missing_ok=True)
     return code if code >= 0 else 128 - code
+
+
+def _note_failure(log_dir: Path, name: str, code: int) -> None:
+    try:
+        with open(log_dir / FAILURE_NAME, "x") as file:
+            file.write(f"{name}\n{code}\n")
+    except FileExistsError:
+        pass
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -62,14 +76,15 @@ def launch(arguments: argparse.Namespace) -> int:
     log_dir: Path = arguments.log_dir
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        (log_dir / FAILURE_NAME).unlink(missing_ok=True)
+        for old in [log_dir / FAILURE_NAME, *log_dir.glob(RUNNING_NAME.format(arguments.node_rank, "*"))]:
+            old.unlink(missing_ok=True)
     except OSError as error:
         print(f"msrun_launcher.sh: error: LOG_DIR {log_dir} cannot be used: {error.strerror}", file=sys.stderr)
         return 2
     command = msrun_command(arguments)
     print(f"Running Command: {' '.join(command)}\nPlease check log files in {log_dir.absolute()}", flush=True)
     if arguments.join:
-        return watch(command, log_dir)
+        return watch(command, log_dir, arguments.node_rank)
     log = log_dir / LAUNCHER_LOG
     with log.open("w") as output:
         again = [sys.executable, __file__, "launch", *_flags(arguments, join=True), "--", *arguments.program]
@@ -109,7 +124,7 @@ def msrun_command(arguments: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", _MSRUN, *_flags(arguments, join=True), *wrapped]
 
 
-def watch(command: list[str], log_dir: Path) -> int:
+def watch(command: list[str], log_dir: Path, node_rank: int) -> int:
     """Run msrun to its end, or to that of the first rank that fails; 0, 1, or 130 after an interruption."""
     interrupted: list[int] = []
 
@@ -120,11 +135,19 @@ def watch(command: list[str], log_dir: Path) -> int:
         signal.signal(number, note)
     # msrun starts Python programs with the `python` that it finds.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    job = subprocess.Popen(command, start_new_session=True, env={**os.environ, "PATH": path})
+    env = {**os.environ, "PATH": path}
+    job = subprocess.Popen(
+        command,
+        start_new_session=True,
+        env=env,
+        preexec_fn=lambda: _signal_with_parent(signal.SIGINT),  # at which msrun ends all that it has started
+    )
     failure = log_dir / FAILURE_NAME
     processes: set[int] = set()
     while job.poll() is None and not interrupted and not failure.exists():
         processes |= _descendants(job.pid)
+        for lost in lost_watchers(log_dir, node_rank):
+            _note_failure(log_dir, lost, _WATCHER_GONE)
         time.sleep(_POLL_S)
     if job.poll() == 0 and not failure.exists():
         return 0
@@ -136,6 +159,19 @@ def watch(command: list[str], log_dir: Path) -> int:
     return 1
 
 
+def lost_watchers(log_dir: Path, node_rank: int) -> list[str]:
+    """The ranks whose `rank` process is gone without having taken its note away."""
+    lost = []
+    for note in log_dir.glob(RUNNING_NAME.format(node_rank, "*")):
+        try:
+            name, pid = note.read_text().splitlines()
+        except (OSError, ValueError):
+            continue  # it has just ended, or just begins
+        if not _is_running(int(pid)) and note.exists():
+            lost.append(name)
+    return lost
+
+
 def describe_failure(log_dir: Path) -> str:
     """Who failed, how, where its log is, and the end of that."""
     try:
@@ -143,11 +179,19 @@ def describe_failure(log_dir: Path) -> str:
     except (OSError, ValueError):
         return f"msrun ended before its ranks did; see {log_dir}"
     code = int(code_text)
-    how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+    if code == _WATCHER_GONE:
+        how = "has lost the process that watched it, which was killed"
+    else:
+        how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
     log = log_dir / ("scheduler.log" if who == "the scheduler" else f"worker_{who.split()[-1]}.log")
     tail = log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:] if log.is_file() else []
     said = "".join(f"\n  | {line}" for line in tail)
     return f"{who} {how}, the other ranks of this node have been ended; its log is {log}{said}"
+
+
+def _signal_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when the one that started it ends, however that was."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _end(job: subprocess.Popen[bytes], processes: set[int]) -> None:
