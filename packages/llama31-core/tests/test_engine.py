@@ -155,7 +155,7 @@ def test_ignore_eos_goes_on() -> None:
         ([VOCAB], greedy(1), "prompt id 101 is outside the vocabulary"),
         ([-1], greedy(1), "prompt id -1 is outside the vocabulary"),
         ([1] * 40, greedy(1), "exceed the 32 tokens"),
-        ([1] * 10, greedy(23), "max_tokens=23 exceed the 32 tokens"),
+        ([1] * 10, greedy(23), "max_tokens=23 exceed the 32 tokens .* lower max_tokens or raise num_blocks"),
     ],
 )
 def test_a_request_that_cannot_run_is_refused_before_any_starts(
@@ -168,6 +168,16 @@ def test_a_request_that_cannot_run_is_refused_before_any_starts(
     assert fake.num_calls == 0
     assert not engine.has_unfinished()
     assert engine.num_free_blocks == 8
+
+
+def test_a_request_that_is_too_long_hears_what_the_limit_is() -> None:
+    for options, blocks, advice in (
+        (EngineOptions(max_seq_len=12), 8, "or raise max_seq_len"),
+        (EngineOptions(), 8, "or raise num_blocks"),
+        (EngineOptions(), 64, f"as the model's context is {CONFIG.max_seq_len}"),
+    ):
+        with pytest.raises(RequestError, match=advice):
+            Engine(CONFIG, runner(blocks), options).generate([[1] * CONFIG.max_seq_len], greedy(1))
 
 
 @pytest.mark.parametrize(

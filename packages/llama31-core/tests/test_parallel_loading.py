@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -14,8 +15,15 @@ import pytest
 from llama31_core.checkpoint import save_weights
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError, ConfigError
+from llama31_core.inference.batch import ForwardInput
+from llama31_core.inference.cache_plan import plan_cache
+from llama31_core.inference.options import EngineOptions
+from llama31_core.inference.parallel_part import PartRunner
+from llama31_core.inference.runner import GraphRunner
 from llama31_core.parallel import ParallelConfig, plan_shards
+from llama31_core.parallel.groups import Groups
 from llama31_core.parallel.run import check_split, load_slices
+from llama31_core.precision import Precision
 
 Values = dict[str, npt.NDArray[np.float32]]
 PARALLEL = ParallelConfig(tp=2, pp=2, dp=2)
@@ -75,3 +83,19 @@ def test_auto_trans_ckpt_says_whether_a_whole_checkpoint_may_be_cut(tmp_path: Pa
     check_split(tmp_path, 0)
     with pytest.raises(ConfigError, match="has no rank_1"):
         check_split(tmp_path, 1)
+
+
+def test_a_rank_computes_with_bfloat16_weights_in_float32(
+    tmp_path: Path, random_weights: Callable[..., Values], build_runner: Callable[..., GraphRunner]
+) -> None:
+    """As one process would with the portable kernels: a CPU's know no bfloat16."""
+    config = ModelConfig.preset("tiny")
+    stored = {name: value.astype(ml_dtypes.bfloat16) for name, value in random_weights(config).items()}
+    save_weights(tmp_path, stored.items())
+    alone = ParallelConfig()
+    plan = plan_cache(config, EngineOptions(num_blocks=8, block_size=4))
+    groups = Groups(alone, 0, config.n_kv_heads)
+    part = PartRunner(tmp_path, config, alone, groups, plan, Precision("bfloat16", "float32"))
+    batch = ForwardInput([[5, 3, 8, 1, 2]], [0], [[2, 6]], [5])
+    want = build_runner(config, {name: value.astype(np.float32) for name, value in stored.items()}).forward(batch)
+    np.testing.assert_allclose(part.forward(batch), want, atol=1e-6)

@@ -69,9 +69,17 @@ class RequestLimits:
                 what = f"a prompt of {num_prompt} tokens and max_tokens={params.max_tokens} exceed"
                 lower = ", lower max_tokens"
             raise RequestError(
-                f"{what} the {self.max_seq_len} tokens of a request; shorten the prompt{lower} or raise max_seq_len"
+                f"{what} the {self.max_seq_len} tokens of a request; shorten the prompt{lower}{self._way_out()}"
             )
         return max_tokens
+
+    def _way_out(self) -> str:
+        """What makes longer requests possible: the option that is the limit, if it is one and not the model."""
+        if self.max_seq_len == self.config.max_seq_len:
+            return f", as the model's context is {self.max_seq_len}"
+        if self.max_seq_len == self.num_blocks * self.block_size:
+            return " or raise num_blocks"
+        return " or raise max_seq_len"
 
     def _check_width(self, num_prompt: int, max_tokens: int, params: SamplingParams) -> None:
         """Branches that run at once must have their places; beams, which run together, their blocks too."""

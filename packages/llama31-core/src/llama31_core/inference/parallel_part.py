@@ -80,6 +80,8 @@ class PartRunner:
         self._is_first, self._is_last = at.pp == 0, at.pp == parallel.pp - 1
         self.has_columns = self._is_last and splits_logits(config, parallel)
         self._block_size = plan.block_size
+        if precision.compute == "float32":
+            precision = Precision()  # the portable kernels, which serve a CPU's ranks, know no other weights beside it
         param, self._compute = (getattr(ms, name) for name in (precision.param, precision.compute))
         own_heads = config.model_copy(update={"n_kv_heads": max(1, config.n_kv_heads // parallel.tp)})
         with no_init_parameters():
