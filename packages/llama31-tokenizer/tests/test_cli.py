@@ -99,6 +99,9 @@ def test_inspect(llama3_file: Path, smollm2_file: Path, capsys: pytest.CaptureFi
         (["decode", "f"], {"f": "1 two"}, "f:1: not ids"),
         (["decode", "f"], {"f": "[1.5]"}, "f:1: not a list of ids"),
         (["chat", "f"], {"f": '[{"role": "x", "content": ""}]'}, "f:1: messages[0].role is 'x'"),
+        (["chat", "f"], {"f": "3"}, "f:1: messages must be a non-empty list"),
+        (["chat", "f"], {"f": "[3]"}, "f:1: messages[0] is a int"),
+        (["chat", "--tools", "t", "f"], {"t": '{"name": "f"}', "f": "[{}]"}, "f:1: tools must be a list"),
     ],
 )
 def test_errors_are_one_line(

@@ -77,8 +77,10 @@ class ChatFormat:
         Raises:
             TokenizerError: an unknown role, content that is no text, or a template that refuses the dialog.
         """
-        if isinstance(messages, (str, Mapping)) or not messages:
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise TokenizerError("messages must be a non-empty list of mappings with role and content")
+        if tools is not None and (not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools)):
+            raise TokenizerError("tools must be a list of function definitions, each a mapping")
         if isinstance(self._format, Llama3Format):
             if variables:
                 raise TokenizerError(

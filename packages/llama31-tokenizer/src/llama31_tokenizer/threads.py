@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from llama31_tokenizer.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
-_GROUP_CHARS = 1 << 17  # a thread's share of work: long against the cost of handing it over
-_LONG_TEXT_CHARS = 1000  # on average, from which texts are encoded one by one rather than joined
+_GROUP_CHARS = 1 << 16  # a thread's share of work: long against the cost of handing it over, short against the whole
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | None) -> list[list[int]]:
@@ -34,8 +33,6 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | 
     objects = _id_objects(tokenizer.vocab_size)
 
     def encode_group(own: Tokenizer, group: Sequence[str]) -> list[list[int]]:
-        if _is_long(group):
-            return [objects.take(own.encode_to_numpy(text)).tolist() for text in group]
         return _split(objects, *own.encode_many_to_numpy(group))
 
     return map_groups(encode_group, tokenizer, texts, num_threads)
@@ -47,14 +44,8 @@ def count_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | N
 
 
 def _count_group(own: Tokenizer, group: Sequence[str]) -> list[int]:
-    if _is_long(group):
-        return [own.count(text) for text in group]
     lengths: list[int] = own.encode_many_to_numpy(group)[1].tolist()
     return lengths
-
-
-def _is_long(group: Sequence[str]) -> bool:
-    return sum(map(len, group)) > _LONG_TEXT_CHARS * len(group)
 
 
 def map_groups(
