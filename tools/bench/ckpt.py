@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,9 @@ mindspore.save_checkpoint(renamed, sys.argv[2])
 os.fsync(os.open(sys.argv[2], os.O_RDONLY))
 {_REPORT}
 """
+
+
+REFERENCE = "cp, synced"
 
 
 def make_checkpoint(directory: Path, config: ModelConfig) -> int:
@@ -88,31 +92,34 @@ def set_page_cache(path: Path, *, cold: bool) -> None:
             pass
 
 
-def measure(
-    source: Path, directory: Path, rounds: int, *, naive: bool, cold: bool
-) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and peak MB of each program in each round."""
-    out = directory / "out"
+def programs(source: Path, out: Path) -> dict[str, tuple[list[str], Path | None]]:
+    """What is compared: name -> command, and the file that it leaves for us to sync."""
     weights = source / "model.safetensors"
     convert = [sys.executable, "-c", _CONVERT, "convert", "--input_path", str(source), "--output_path"]
     shard_bytes = weights.stat().st_size * 27 // 100  # tensors are not cut, so a little more than a quarter
     copy = ["cp", "--reflink=never", str(weights), str(out)]
-    programs: dict[str, tuple[list[str], Path | None]] = {
+    return {
+        REFERENCE: (copy, out),
         "cp": (copy, None),
-        "cp, synced": (copy, out),
-        "llama31-ckpt -> safetensors": ([*convert, str(out)], None),
-        "llama31-ckpt -> safetensors in 4 shards": ([*convert, str(out), "--max_shard_size", str(shard_bytes)], None),
-        "llama31-ckpt -> .ckpt": ([*convert, f"{out}.ckpt"], None),
+        "safetensors": ([*convert, str(out)], None),
+        "safetensors in 4 shards": ([*convert, str(out), "--max_shard_size", str(shard_bytes)], None),
+        ".ckpt": ([*convert, f"{out}.ckpt"], None),
+        "MindSpore load and save .ckpt": ([sys.executable, "-c", _NAIVE, str(weights), f"{out}.ckpt"], None),
     }
-    if naive:
-        programs["MindSpore load and save .ckpt"] = ([sys.executable, "-c", _NAIVE, str(weights), f"{out}.ckpt"], None)
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
-    names = list(programs)
+
+
+def measure(
+    source: Path, directory: Path, rounds: int, names: Sequence[str], *, cold: bool
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and peak MB of each named program in each round."""
+    weights = source / "model.safetensors"
+    commands = programs(source, directory / "out")
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in [*names[number % len(names) :], *names[: number % len(names)]]:
             subprocess.run([sys.executable, "-c", _TOUCH, str(min(weights.stat().st_size, _TOUCHED_BYTES))], check=True)
             set_page_cache(weights, cold=cold)
-            results[name].append(run_process(*programs[name]))
+            results[name].append(run_process(*commands[name]))
             print(f"round {number + 1}: {name}: {results[name][-1][0]:.2f} s", file=sys.stderr, flush=True)
             for path in directory.glob("out*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -141,8 +148,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where there is room for twice the checkpoint")
     parser.add_argument("--cold", action="store_true", help="each program reads its input from the disk")
-    parser.add_argument("--streamed_only", action="store_true", help="leave out MindSpore, which loads all into memory")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PROGRAM", help="these alone, beside cp with fsync (see the table)"
+    )
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # what is removed afterwards is up to 32 GB
     config = ModelConfig.preset(arguments.preset)
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="llama31-bench-") as scratch:
         directory = Path(scratch)
@@ -150,10 +160,14 @@ def main() -> int:
         where = "on disk" if arguments.cold else "in the page cache"
         print(f"{arguments.preset}: {size_bytes / 1e9:.2f} GB in bfloat16, {where}")
         print(f"Medians of {arguments.rounds} rounds:\n")
-        naive = not arguments.streamed_only
-        results = measure(directory / "hf", directory, arguments.rounds, naive=naive, cold=arguments.cold)
-        reference = statistics.median(seconds for seconds, _ in results["cp, synced"])
-        print("| program | s | GB/s | of cp, synced | peak MB |\n|---|---|---|---|---|")
+        names = list(programs(directory / "hf", directory))
+        if arguments.only is not None:
+            if unknown := set(arguments.only) - set(names):
+                raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(names)}")
+            names = [name for name in names if name in (REFERENCE, *arguments.only)]
+        results = measure(directory / "hf", directory, arguments.rounds, names, cold=arguments.cold)
+        reference = statistics.median(seconds for seconds, _ in results[REFERENCE])
+        print(f"| program | s | GB/s | of {REFERENCE} | peak MB |\n|---|---|---|---|---|")
         for name, runs in results.items():
             seconds = statistics.median(run[0] for run in runs)
             peak = statistics.median(run[1] for run in runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -185,3 +186,13 @@ def test_tensors_that_a_layout_does_not_know_or_cannot_split(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="its config says \\(48, 32\\)"):
         table.place(name, (12, 32), 0)
     assert math.prod(layout.full_shape(name, (6, 32))) == 48 * 32
+
+
+def test_without_mindspore_the_json_form_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mindspore.train", None)  # what an import then raises: ModuleNotFoundError
+    parallel = ParallelConfig(tp=2)
+    with pytest.raises(ConfigError, match=r"needs MindSpore .*; install mindspore, or use the JSON form"):
+        save_strategy_files(tmp_path, SMALL, parallel)
+    assert list(tmp_path.iterdir()) == []
+    (path,) = save_strategy_files(tmp_path, SMALL, parallel, suffix=".json")
+    assert load_strategy(path).world_size == 2

@@ -209,6 +209,10 @@ def _check_layout(
 
 
 def _protobuf() -> Any:
-    from mindspore.train import node_strategy_pb2  # MindSpore: seconds to import
-
+    try:
+        from mindspore.train import node_strategy_pb2  # MindSpore: seconds to import
+    except ImportError as error:
+        raise ConfigError(
+            f"a strategy file as protobuf needs MindSpore ({error}); install mindspore, or use the JSON form"
+        ) from error
     return node_strategy_pb2
