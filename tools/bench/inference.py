@@ -2,9 +2,10 @@
 
     python tools/bench/inference.py MODEL_DIR --gguf FILE [--rounds 5] [--json OUT] [--quick]
 
-MODEL_DIR holds the bfloat16 weights, FILE any GGUF file of the same architecture and vocabulary, of which the
-description and vocabulary are taken for llama.cpp's files. Every contender is a process of its own with the same number
-of threads. They take turns within a round, in another order each, and a ratio is the median of the rounds' ratios.
+MODEL_DIR holds the bfloat16 weights; ours of 8 and 4 bits are made of them (`llama31-ckpt quantize`, to nearest). FILE
+is any GGUF file of the same architecture and vocabulary, of which the description and vocabulary are taken for
+llama.cpp's files. Every contender is a process of its own with the same number of threads. They take turns within a
+round, in another order each, and a ratio is the median of the rounds' ratios.
 Peers that are not installed are left out and named: `pip install torch transformers`, `pip install llama-cpp-python`.
 """
 
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.inference_weights import write_gguf, write_hf
 from bench.memory_bandwidth import read_bandwidth
+
+from llama31_ckpt.quantize import quantize_checkpoint
+from llama31_ckpt.sources import open_source
+from llama31_core.config import Quantization
 
 _WORKER = Path(__file__).with_name("inference_contenders.py")
 _MODULES = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
@@ -37,6 +43,8 @@ _WORK = {
     "prefill 512": ("prefill", 512),
     "prefill 2048": ("prefill", 2048),
 }
+# Whom a ratio compares with: ours with as many bits; bfloat16 for those not named.
+_OF_SAME_BITS = {"llama.cpp Q8_0": "llama31 int8", "llama.cpp Q4_0": "llama31 int4"}
 _QUICK = ("decode 1", "decode 16", "prefill 512")
 Work = tuple[str | int, ...]
 
@@ -82,6 +90,11 @@ def start(label: str, name: str, model: str, threads: int) -> Contender:
 def contenders(model_dir: Path, gguf: Path, scratch: Path, threads: int) -> list[Contender]:
     """Ours first, then each peer that is installed."""
     wanted = [("llama31 bf16", "llama31", str(model_dir))]
+    for bits in (8, 4):
+        quantized = scratch / f"int{bits}"
+        with closing(open_source(model_dir)) as source:
+            quantize_checkpoint(source, quantized, Quantization(bits=bits))
+        wanted.append((f"llama31 int{bits}", "llama31", str(quantized)))
     hf = write_hf(model_dir, scratch / "hf")
     wanted += [
         (f"transformers {name}", "transformers", f"{hf}:{dtype}")
@@ -116,17 +129,18 @@ def tokens_of(work: Work) -> int:
 
 def report(all_contenders: list[Contender], names: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Tokens/s and how many times faster ours is, printed as a table."""
-    ours = all_contenders[0]
+    ours = {contender.label: contender for contender in all_contenders if contender.label.startswith("llama31")}
     result: dict[str, dict[str, dict[str, float]]] = {}
-    print(f"\n| tokens/s (ours / theirs) | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    print(f"\n| tokens/s (ours of the same bits / theirs) | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for contender in all_contenders:
         cells = []
         for name in names:
             rate = tokens_of(_WORK[name]) / statistics.median(contender.seconds[name])
-            pairs = zip(contender.seconds[name], ours.seconds[name], strict=True)
+            own = ours[_OF_SAME_BITS.get(contender.label, "llama31 bf16")]
+            pairs = zip(contender.seconds[name], own.seconds[name], strict=True)
             ratio = statistics.median(theirs / mine for theirs, mine in pairs)
             result.setdefault(contender.label, {})[name] = {"tokens_per_s": rate, "ours_to_it": ratio}
-            cells.append(f"{rate:,.0f}" + ("" if contender is ours else f" ({ratio:.2f}x)"))
+            cells.append(f"{rate:,.0f}" + ("" if contender.label in ours else f" ({ratio:.2f}x)"))
         print(f"| {contender.label} | {' | '.join(cells)} |")
     return result
 

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama31_core.checkpoint.names import spell
 from llama31_core.config import ModelConfig, RopeScaling
 from llama31_core.model import CausalAttention, Llama
-from llama31_core.model.rope import inverse_frequencies
 from llama31_core.presets import PRESETS
+from llama31_core.rope_frequencies import inverse_frequencies
 
 Weights = dict[str, npt.NDArray[np.float32]]
 

@@ -14,6 +14,7 @@ from llama31_ckpt.interrupts import ended_like_ctrl_c
 from llama31_ckpt.lora import MergedWeights
 from llama31_ckpt.lora_extract import extract_lora
 from llama31_ckpt.progress import item_bar
+from llama31_ckpt.quantize import add_quantize
 from llama31_ckpt.report_commands import add_diff, add_inspect, add_verify
 from llama31_ckpt.shard_commands import add_merge, add_reshard, add_shard, add_strategy
 from llama31_ckpt.sizes import parse_size
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds", allow_abbrev=False))
     add_verify(commands.add_parser("verify", help="check hashes, shapes and values", allow_abbrev=False))
     add_diff(commands.add_parser("diff", help="compare two checkpoints of any formats", allow_abbrev=False))
+    add_quantize(commands.add_parser("quantize", help="matrices of 8 or 4 bits", allow_abbrev=False))
     _add_extract_lora(commands.add_parser("extract-lora", help="a difference as a LoRA adapter", allow_abbrev=False))
     return parser
 

@@ -20,6 +20,7 @@ from llama31_core.checkpoint import Weights, canonical_name, open_weights
 from llama31_core.checkpoint.files import find_weights, read_index
 from llama31_core.checkpoint.manifest import manifest_beside, read_manifest
 from llama31_core.checkpoint.names import is_ignorable
+from llama31_core.checkpoint.quantized import DequantizedWeights
 from llama31_core.checkpoint.stored import OpenFile
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError
@@ -196,7 +197,12 @@ def _open_model_directory(path: Path, config_path: Path | None) -> Source:
     reader = open_weights(path)
     kind = "ckpt" if weights_path.suffix == ".ckpt" else "safetensors"
     sidecars = _find_sidecars(directory, config_path)
-    return Source(path, kind, reader, config, reader.close, reader.ignored, reader.states, sidecars)
+    source = Source(path, kind, reader, config, reader.close, reader.ignored, reader.states, sidecars)
+    if config is not None and config.quantization is not None:
+        source.weights = DequantizedWeights(reader, config)
+        source.found_config = config.model_copy(update={"quantization": None})
+        source.notes = (f"{path} has matrices of {config.quantization.bits} bits, read as float32",)
+    return source
 
 
 def _open_ranks(path: Path, config_path: Path | None, layout: Layout | None) -> Source:

@@ -42,6 +42,34 @@ class RopeScaling(BaseModel):
         return self
 
 
+class Quantization(BaseModel):
+    """How a checkpoint holds its matrices in few bits (see checkpoint/quantized.py).
+
+    Attributes:
+        bits: of a weight.
+        group_size: columns that share a scale and a bias; a multiple of 32.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bits: Literal[8, 4]
+    group_size: int = 128
+
+    @model_validator(mode="after")
+    def _check(self) -> Quantization:
+        if self.group_size < 32 or self.group_size % 32:
+            raise ValueError(f"group_size must be a multiple of 32, got {self.group_size}")
+        return self
+
+    @classmethod
+    def build(cls, source: str, /, **values: Any) -> Quantization:
+        """As `ModelConfig.build`."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {first_problem(error)}") from error
+
+
 class ModelConfig(BaseModel):
     """A Llama architecture.
 
@@ -59,6 +87,7 @@ class ModelConfig(BaseModel):
         max_seq_len: the context, in tokens.
         tie_word_embeddings: the output head is the token embedding.
         bos_token_id, eos_token_ids, pad_token_id: special ids, where the checkpoint names them.
+        quantization: how the checkpoint holds its matrices, if not in whole number types.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -78,6 +107,7 @@ class ModelConfig(BaseModel):
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    quantization: Quantization | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -111,6 +141,14 @@ class ModelConfig(BaseModel):
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding turns pairs")
+        if self.quantization is not None:
+            for name, columns in (
+                ("dim", self.dim),
+                ("q_dim", self.n_heads * self.head_dim),
+                ("ffn_dim", self.ffn_dim),
+            ):
+                if columns % 32:
+                    raise ValueError(f"{name}={columns} is not a multiple of 32, which quantised matrices need")
         if self.norm_eps <= 0 or self.rope_theta <= 0:
             raise ValueError("norm_eps and rope_theta must be positive")
         named = {"bos_token_id": self.bos_token_id, "pad_token_id": self.pad_token_id}
@@ -144,6 +182,8 @@ class ModelConfig(BaseModel):
         try:
             if isinstance(values.get("rope_scaling"), dict):
                 values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            if isinstance(values.get("quantization"), dict):
+                values["quantization"] = Quantization(**values["quantization"])
             return cls(**values)
         except ValidationError as error:
             raise ConfigError(f"{source}: {first_problem(error)}") from error

@@ -70,6 +70,7 @@ _IGNORED = frozenset(
     }
 )
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_QUANT_METHOD = "llama31"
 _ROPE_KEYS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -84,7 +85,7 @@ def fields_from_hf(values: dict[str, Any], source: str) -> dict[str, Any]:
     Raises:
         ConfigError: a key that is unknown or missing, or a value that this architecture does not have.
     """
-    known = {*_KEYS, *_FIXED, "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters"}
+    known = {*_KEYS, *_FIXED, "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters", "quantization_config"}
     for key, value in values.items():
         if key not in known and key not in _IGNORED:
             raise ConfigError(f"{source}: unknown key {key!r}; {did_you_mean(key, known)}")
@@ -103,6 +104,8 @@ def fields_from_hf(values: dict[str, Any], source: str) -> dict[str, Any]:
         ours["pad_token_id"] = None  # written as -1 by older exporters
     ours["norm_eps"] = _as_float(ours["norm_eps"])
     ours["rope_theta"], ours["rope_scaling"] = _rope_from_hf(values, source)
+    if values.get("quantization_config") is not None:
+        ours["quantization"] = _quantization_from_hf(values["quantization_config"], source)
     return ours
 
 
@@ -118,6 +121,8 @@ def hf_from_fields(fields: dict[str, Any]) -> dict[str, Any]:
     values["rope_scaling"] = None
     if scaling is not None:
         values["rope_scaling"] = {"rope_type": "llama3"} | {key: scaling[ours] for key, ours in _ROPE_KEYS.items()}
+    if fields["quantization"] is not None:
+        values["quantization_config"] = {"quant_method": _QUANT_METHOD} | fields["quantization"]
     return values
 
 
@@ -139,6 +144,16 @@ def _rope_from_hf(values: dict[str, Any], source: str) -> tuple[Any, dict[str, A
         raise ConfigError(f"{source}: rope_scaling of type llama3 has {sorted(parameters)}, expected {expected}")
     floats = {ours: _as_float(parameters[key]) for key, ours in _ROPE_KEYS.items()}
     return theta, floats | {"original_max_seq_len": parameters["original_max_position_embeddings"]}
+
+
+def _quantization_from_hf(found: Any, source: str) -> dict[str, Any]:
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if method != _QUANT_METHOD:
+        raise ConfigError(
+            f"{source}: quantization_config.quant_method is {method!r}, allowed is {_QUANT_METHOD!r}; take the "
+            f"unquantised checkpoint and run llama31-ckpt quantize"
+        )
+    return {key: value for key, value in found.items() if key != "quant_method"}
 
 
 def _as_float(value: Any) -> Any:

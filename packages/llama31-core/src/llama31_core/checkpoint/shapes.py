@@ -44,8 +44,14 @@ def check_weights(weights: Weights, config: ModelConfig) -> None:
     """Check that `weights` has exactly the tensors of `config`, in their shapes and in a weight dtype.
 
     Raises:
-        CheckpointError: one sentence with the first ten missing, unexpected and misshapen tensors of each kind.
+        CheckpointError: one sentence with the first ten missing, unexpected and misshapen tensors of each kind; or it
+            is quantised, which what calls this does not take.
     """
+    if config.quantization is not None:
+        raise CheckpointError(
+            f"{weights.source} is quantised to {config.quantization.bits} bits, which predict, chat and serve take, in "
+            f"one process; for anything else take the checkpoint it was made of, or llama31-ckpt convert --dtype bf16"
+        )
     expected = parameter_shapes(config)
     found = {name: weights.shape(name) for name in weights.names()}
     report_differences(str(weights.source), found, expected)

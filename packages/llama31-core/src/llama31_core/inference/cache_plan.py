@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama31_core.checkpoint.quantized import stored_bytes
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.inference.options import EngineOptions
@@ -62,8 +63,11 @@ def plan_cache(
         available_bytes: memory that weights and caches must fit into; None does not check it.
 
     Raises:
-        ConfigError: a cache too small for `max_seq_len` or for one block, or more than there is memory for.
+        ConfigError: a cache too small for `max_seq_len` or for one block, or more than there is memory for; adapters
+            beside quantised weights.
     """
+    if config.quantization is not None and options.max_loras:
+        raise ConfigError(f"max_loras is {options.max_loras}, allowed with a quantised model is 0")
     block_bytes = block_size_bytes(config, options.block_size, precision.compute_bytes)
     num_blocks = options.num_blocks
     if num_blocks is None:
@@ -82,19 +86,28 @@ def plan_cache(
         num_blocks,
         options.num_host_blocks,
         block_bytes,
-        config.num_parameters * precision.param_bytes
+        _weight_bytes(config, precision)
         + adapter_slots_bytes(config, options.max_loras, options.max_lora_rank, precision.param_bytes),
         largest_request(config, options.max_seq_len, num_blocks, options.block_size, block_bytes),
     )
     if available_bytes is not None and plan.total_bytes > available_bytes:
         raise ConfigError(
-            f"the model needs {gib(plan.total_bytes)}: {gib(plan.weight_bytes)} of weights in {precision.param}, "
+            f"the model needs {gib(plan.total_bytes)}: {gib(plan.weight_bytes)} of weights in "
+            f"{_weights_are(config, precision)}, "
             f"{gib(num_blocks * block_bytes)} of cache (num_blocks={num_blocks}) and "
             f"{gib(plan.num_host_blocks * block_bytes)} of host cache (num_host_blocks={plan.num_host_blocks}), but "
             f"{gib(available_bytes)} are free; lower cache_memory_bytes, num_blocks or num_host_blocks, take a "
             f"smaller model or a machine with more memory"
         )
     return plan
+
+
+def _weight_bytes(config: ModelConfig, precision: Precision) -> int:
+    return config.num_parameters * precision.param_bytes if config.quantization is None else stored_bytes(config)
+
+
+def _weights_are(config: ModelConfig, precision: Precision) -> str:
+    return precision.param if config.quantization is None else f"{config.quantization.bits} bits"
 
 
 def largest_request(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama31_core.checkpoint import check_weights, open_weights
+from llama31_core.checkpoint import open_weights
+from llama31_core.checkpoint.quantized import check_stored
 from llama31_core.config import ModelConfig
 from llama31_core.device import device_target
 from llama31_core.errors import ConfigError
@@ -57,7 +58,7 @@ class EnginePlan:
             CheckpointError: the weights are missing, damaged or of another shape.
         """
         with open_weights(weights) as opened:
-            check_weights(opened, config)
+            check_stored(opened, config)
             stored = {opened.dtype(name) for name in opened.names() if "norm" not in name}
         if device_target() == "Ascend":
             return cls.make(config, options, asked or Precision.on("Ascend"))

@@ -11,8 +11,8 @@ from mindspore import Tensor, nn
 
 from llama31_core.kernels.native.operator import native_operator
 from llama31_core.model import Llama
-from llama31_core.model.rope import inverse_frequencies
 from llama31_core.model.transformer import TransformerBlock
+from llama31_core.rope_frequencies import inverse_frequencies
 
 
 class NativeLlama(nn.Cell):  # type: ignore[misc]
@@ -22,7 +22,8 @@ class NativeLlama(nn.Cell):  # type: ignore[misc]
     last bit. Products take activations rounded to the weights' type and add up in float32.
 
     Args:
-        llama: holds the parameters; matrices all in float32 or all in bfloat16, norms and caches in float32.
+        llama: holds the parameters; matrices all in float32 or all in bfloat16, or quantised; norms and caches in
+            float32.
 
     Raises:
         NativeKernelsError: not on this machine.
@@ -31,18 +32,20 @@ class NativeLlama(nn.Cell):  # type: ignore[misc]
     def __init__(self, llama: Llama) -> None:
         super().__init__(auto_prefix=False)
         eps, block_size = llama.config.norm_eps, llama.model.layers[0].attention.core.block_size
-        head = llama.model.tok_embeddings.embedding_weight if llama.lm_head is None else llama.lm_head.weight
+        table = _matrix(llama.model.tok_embeddings)
+        quantization = llama.config.quantization
+        group_size = 0 if quantization is None else quantization.group_size
         self.held = (
-            Tensor(np.array([eps, block_size], np.float32)),
+            Tensor(np.array([eps, block_size, group_size], np.float32)),
             Tensor(inverse_frequencies(llama.config)),
-            llama.model.tok_embeddings.embedding_weight,
             llama.model.norm_out.weight,
-            head,
+            *table,
+            *(table if llama.lm_head is None else _matrix(llama.lm_head)),
             *(parameter for block in llama.model.layers for parameter in _layer(block)),
         )
         dtypes = [ms.int32] * 5 + [tensor.dtype for tensor in self.held]
-        kinds = "bf16" if ms.bfloat16 in dtypes else "f32"
-        name = f"Llama31Model_{len(dtypes)}_{kinds}"
+        kind = str(_matrix(llama.model.layers[0].attention.wq)[0].dtype)
+        name = f"Llama31Model_{len(dtypes)}_{kind}"
         self._run = native_operator("Llama31Model", dtypes, 1, name=name)
 
     def construct(
@@ -57,14 +60,14 @@ def _layer(block: TransformerBlock) -> tuple[ms.Parameter, ...]:
     attention, feed_forward = block.attention, block.feed_forward
     return (
         block.attention_norm.weight,
-        attention.wq.weight,
-        attention.wk.weight,
-        attention.wv.weight,
-        attention.wo.weight,
+        *(parameter for name in ("wq", "wk", "wv", "wo") for parameter in _matrix(getattr(attention, name))),
         block.ffn_norm.weight,
-        feed_forward.w1.weight,
-        feed_forward.w2.weight,
-        feed_forward.w3.weight,
+        *(parameter for name in ("w1", "w2", "w3") for parameter in _matrix(getattr(feed_forward, name))),
         attention.core.k_cache,
         attention.core.v_cache,
     )
+
+
+def _matrix(cell: nn.Cell) -> list[ms.Parameter]:
+    """A cell's matrix: its one parameter, or numbers, scales and biases."""
+    return list(cell.get_parameters())

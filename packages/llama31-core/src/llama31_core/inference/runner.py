@@ -16,7 +16,8 @@ import numpy.typing as npt
 from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
-from llama31_core.checkpoint import check_weights, open_weights
+from llama31_core.checkpoint import open_weights
+from llama31_core.checkpoint.quantized import check_stored
 from llama31_core.config import ModelConfig
 from llama31_core.inference.batch import BlockMove, ForwardInput
 from llama31_core.inference.block_io import BlockIO
@@ -30,6 +31,7 @@ from llama31_core.lora.layers import LoraLayers, is_adapter_parameter
 from llama31_core.lora.table import BASE_SLOT
 from llama31_core.model import Llama, PagedAttention
 from llama31_core.model.layers import Layers
+from llama31_core.model.quantized import QuantizedLayers
 from llama31_core.precision import Precision
 
 _LOG = logging.getLogger(__name__)
@@ -102,12 +104,12 @@ class GraphRunner:
         lora = None
         if options.max_loras:
             lora = LoraLayers(options.max_loras, options.max_lora_rank, options.max_batch_size, param)
+        layers = lora or Layers(param)
+        if config.quantization is not None:
+            layers = QuantizedLayers(config.quantization)
         with no_init_parameters():
             llama = Llama(
-                config,
-                lambda: PagedAttention(config, plan.num_blocks, plan.block_size, compute),
-                lora or Layers(param),
-                compute,
+                config, lambda: PagedAttention(config, plan.num_blocks, plan.block_size, compute), layers, compute
             )
         load_parameters(llama, model_dir, config)
         return cls(llama, plan.num_blocks, plan.block_size, plan.num_host_blocks, lora, native)
@@ -129,7 +131,7 @@ def load_parameters(llama: Llama, path: Path, config: ModelConfig) -> None:
     """Give a model, built without values, the weights of a checkpoint in its own types; caches are cleared."""
     clear_caches(llama)
     with open_weights(path) as weights:
-        check_weights(weights, config)
+        check_stored(weights, config)
         for name, parameter in llama.parameters_and_names():
             if not is_cache(name) and not is_adapter_parameter(name):
                 set_value(parameter, weights.read(name))

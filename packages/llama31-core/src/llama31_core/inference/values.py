@@ -13,7 +13,9 @@ from llama31_core.checkpoint.dtypes import Array
 
 def set_value(parameter: ms.Parameter, values: Array) -> None:
     """Give a parameter values; those that have its type are neither copied nor brought to another one on the way."""
-    if getattr(ms, values.dtype.name) == parameter.dtype:
+    if parameter.dtype == ms.qint4x2:  # the same bits with 8 taken off each number
+        parameter.set_data(Tensor((values ^ np.uint8(0x88)).view(np.int8), dtype=ms.qint4x2))
+    elif getattr(ms, values.dtype.name) == parameter.dtype:
         parameter.set_data(Tensor.from_numpy(values))
     else:
         parameter.set_data(Tensor.from_numpy(values.astype(np.float32)).astype(parameter.dtype))

@@ -5,7 +5,7 @@ calls fused operators. Cells ask `active()` once, when they are built, and keep 
 caches in a shape of their own (`cache_shape`), and take the same arguments otherwise.
 """
 
-from llama31_core.kernels.portable import linear
+from llama31_core.kernels.portable import dequantize, linear
 from llama31_core.kernels.registry import KernelSet, active, use
 
-__all__ = ["KernelSet", "active", "linear", "use"]
+__all__ = ["KernelSet", "active", "dequantize", "linear", "use"]

@@ -19,6 +19,7 @@ from mindspore.ops.auto_generate import (
     RmsNorm,
     RotaryPositionEmbedding,
     Swiglu,
+    WeightQuantBatchMatmul,
 )
 
 from llama31_core.kernels.portable import hidden_from
@@ -32,6 +33,23 @@ _MASKED = -10000.0
 _swiglu = Swiglu()
 _rotate = RotaryPositionEmbedding()
 _reshape_and_cache = ReshapeAndCache()
+
+
+def packed_dtype() -> ms.Type:
+    """Of weights of 4 bits: two a byte, -8 to 7, where checkpoints have 0 to 15 (inference/values.py takes 8 off)."""
+    return ms.qint4x2
+
+
+def quantized_linear(
+    x: Tensor, qweight: Tensor, scales_OG: Tensor, biases_OG: Tensor, bits: int, group_size: int
+) -> Tensor:
+    """WeightQuantBatchMatmul, whose weight is `(q + offset) * scale`; offsets are whole and small, exact in 16 bits."""
+    offsets_OG = ops.round(biases_OG / scales_OG) + (8 if bits == 4 else 0)
+    multiply = WeightQuantBatchMatmul(False, True, group_size)
+    out = multiply(
+        x.reshape(-1, x.shape[-1]), qweight, scales_OG.astype(x.dtype), offsets_OG.astype(x.dtype), None, None, None
+    )
+    return out.reshape((*x.shape[:-1], -1))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -3,7 +3,7 @@
 Norms, rotations and softmax are computed in float32 and given in the type of their input; products in the input's type.
 
 Shapes: B sequences, T new tokens of each, S cached tokens of each, M blocks of each, H query heads, K key-value heads,
-D width of a head, G = H / K query heads that share one key-value head, C slots in the cache (one holds one token).
+D width of a head, C slots in the cache (one holds one token), O and I features out and in, G groups of I.
 """
 
 from __future__ import annotations
@@ -27,6 +27,28 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """`x @ weight.T` for x of shape (..., I), in the type of x."""
     out = _matmul_tb(x.reshape(-1, x.shape[-1]), weight_OI.astype(x.dtype))
     return out.reshape((*x.shape[:-1], -1))
+
+
+def dequantize(qweight: Tensor, scales_OG: Tensor, biases_OG: Tensor, bits: int, group_size: int) -> Tensor:
+    """Weights (O, I), float32, of a quantised matrix: `q * scale + bias` (checkpoint/quantized.py)."""
+    numbers = qweight.astype(ms.float32)
+    if bits == 4:
+        high = ops.floor(numbers / 16)
+        numbers = ops.stack((numbers - high * 16, high), -1).reshape(qweight.shape[0], -1)
+    groups = (ops.arange(numbers.shape[1]) // group_size).astype(ms.int32)
+    return numbers * ops.gather(scales_OG, groups, 1) + ops.gather(biases_OG, groups, 1)
+
+
+def packed_dtype() -> ms.Type:
+    """Of weights of 4 bits, two in a byte as checkpoints have them."""
+    return ms.uint8
+
+
+def quantized_linear(
+    x: Tensor, qweight: Tensor, scales_OG: Tensor, biases_OG: Tensor, bits: int, group_size: int
+) -> Tensor:
+    """`linear` with a quantised weight of O rows."""
+    return linear(x, dequantize(qweight, scales_OG, biases_OG, bits, group_size))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -10,9 +10,27 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from llama31_core.kernels.portable import cache_shape, causal_attention, paged_attention, swiglu, write_cache
+from llama31_core.kernels.portable import (
+    cache_shape,
+    causal_attention,
+    packed_dtype,
+    paged_attention,
+    quantized_linear,
+    swiglu,
+    write_cache,
+)
 
-__all__ = ["apply_rope", "cache_shape", "causal_attention", "paged_attention", "rms_norm", "swiglu", "write_cache"]
+__all__ = [
+    "apply_rope",
+    "cache_shape",
+    "causal_attention",
+    "packed_dtype",
+    "paged_attention",
+    "quantized_linear",
+    "rms_norm",
+    "swiglu",
+    "write_cache",
+]
 
 _matmul = ops.MatMul()
 

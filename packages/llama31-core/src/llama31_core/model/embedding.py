@@ -6,6 +6,8 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
+from llama31_core import kernels
+
 
 class TokenEmbedding(nn.Cell):  # type: ignore[misc]
     """Token ids to vectors."""
@@ -17,3 +19,7 @@ class TokenEmbedding(nn.Cell):  # type: ignore[misc]
     def construct(self, tokens: Tensor) -> Tensor:
         """Vectors of shape (..., dim) for ids of shape (...)."""
         return ops.gather(self.embedding_weight, tokens, 0)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., dim) to logits (..., vocab_size): the table as the head of a tied model."""
+        return kernels.linear(hidden, self.embedding_weight)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from llama31_core import kernels
 from llama31_core.config import ModelConfig
 from llama31_core.model.attention import Attention, AttentionCore
 from llama31_core.model.feedforward import FeedForward
@@ -87,5 +86,5 @@ class Llama(nn.Cell):  # type: ignore[misc]
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V), float32, of hidden states (..., E)."""
         if self.lm_head is None:
-            return kernels.linear(hidden, self.model.tok_embeddings.embedding_weight).astype(ms.float32)
+            return self.model.tok_embeddings.project(hidden).astype(ms.float32)
         return self.lm_head(hidden).astype(ms.float32)

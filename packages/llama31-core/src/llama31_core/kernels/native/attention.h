@@ -100,8 +100,8 @@ inline void Attend(const Queries &queries, const Sequence &sequence) {
     for (int64_t d = 0; d < width; ++d) q[i * width + d] = queries.from[i][d] * scale;
   }
   for (int64_t s = 0; s < length; s += 4) {
-    const float *keys[4];
-    for (int j = 0; j < 4; ++j) keys[j] = sequence.keys + sequence.offsets[std::min(s + j, length - 1)];
+    PlainRows<float> keys{};
+    for (int j = 0; j < 4; ++j) keys.data[j] = sequence.keys + sequence.offsets[std::min(s + j, length - 1)];
     for (int64_t i = 0; i < count; i += kTileRows) {
       const int64_t rows = std::min<int64_t>(kTileRows, count - i);
       __m128 sums[kTileRows];

@@ -1,4 +1,4 @@
-// One Llama layer from its input rows to its output rows: float32 activations, bfloat16 or float32 weights.
+// One Llama layer from its input rows to its output rows: float32 activations, weights of any kind of matrix.
 //
 // Shapes: B sequences, T new tokens of each, E = dim, H query heads, K key-value heads, D width of a head, F = ffn_dim.
 #pragma once
@@ -23,13 +23,14 @@ struct Shapes {
 
 struct LayerWeights {
   const float *attention_norm;
-  const void *wq, *wk, *wv, *wo;
+  Stored wq, wk, wv, wo;
   const float *ffn_norm;
-  const void *w1, *w2, *w3;
+  Stored w1, w2, w3;
   float *keys, *values;
 };
 
-// What a pass has for all layers: cosines, then sines; where tokens stand and lie; eps and block_size.
+// What a pass has for all layers: cosines, then sines; where tokens stand and lie; eps, block_size and the
+// columns of a quantised group.
 struct Step {
   const float *turns;
   const int32_t *positions, *slots, *tables;
@@ -37,8 +38,10 @@ struct Step {
 };
 
 // The phases of a layer, over buffers that all layers share.
-template <typename T>
+template <typename Matrix>
 class Layer {
+  using T = typename Matrix::Input;
+
  public:
   // x (B, T, E) goes in and comes out.
   Layer(const Shapes &in, const Step &step, const LayerWeights &weights, float *x)
@@ -68,6 +71,8 @@ class Layer {
   }
 
  private:
+  Matrix Of(const Stored &weight, int64_t k) const { return {weight, k, static_cast<int64_t>(step_.settings[2])}; }
+
   template <int kIndex>
   static float *Buffer(int64_t count) {
     static thread_local std::vector<float> buffer;
@@ -102,10 +107,10 @@ class Layer {
   void ProjectHeads() {
     const int64_t q_end = in_.q_width, k_end = q_end + in_.kv_width, all = k_end + in_.kv_width;
     ForWeightRows(all, [&](int64_t begin, int64_t end) {
-      const auto part = [&](int64_t from, int64_t to, const void *w, const auto &row_of) {
+      const auto part = [&](int64_t from, int64_t to, const Stored &w, const auto &row_of) {
         const int64_t first = std::max(begin, from), last = std::min(end, to);
         if (first >= last) return;
-        MatmulRows(input_, static_cast<const T *>(w), rows_, in_.dim, first - from, last - from,
+        MatmulRows(input_, Of(w, in_.dim), rows_, first - from, last - from,
                    [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) { _mm_mask_storeu_ps(row_of(m) + n, kept, v); });
       };
       part(0, q_end, weights_.wq, [&](int64_t m) { return q_ + m * in_.q_width; });
@@ -151,9 +156,9 @@ class Layer {
     });
   }
 
-  void ProjectAndAdd(const void *w, int64_t k) {
+  void ProjectAndAdd(const Stored &w, int64_t k) {
     ForWeightRows(in_.dim, [&](int64_t begin, int64_t end) {
-      MatmulRows(input_, static_cast<const T *>(w), rows_, k, begin, end,
+      MatmulRows(input_, Of(w, k), rows_, begin, end,
                  [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
                    float *at = x_ + m * in_.dim + n;
                    _mm_mask_storeu_ps(at, kept, _mm_add_ps(_mm_maskz_loadu_ps(kept, at), v));
@@ -165,7 +170,7 @@ class Layer {
   void Gate() {
     ForWeightRows(in_.ffn, [&](int64_t begin, int64_t end) {
       for (const auto &[w, shift] : {std::pair{weights_.w1, int64_t{0}}, std::pair{weights_.w3, in_.ffn}}) {
-        MatmulRows(input_, static_cast<const T *>(w), rows_, in_.dim, begin, end,
+        MatmulRows(input_, Of(w, in_.dim), rows_, begin, end,
                    [&, shift = shift](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
                      _mm_mask_storeu_ps(gated_ + m * 2 * in_.ffn + shift + n, kept, v);
                    });

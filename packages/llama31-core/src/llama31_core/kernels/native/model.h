@@ -15,16 +15,19 @@ namespace llama31 {
 
 struct ModelInputs {
   const int32_t *tokens, *positions, *slots, *tables, *wanted;  // (B, T), (B, T), (B, T), (B, M), (N,)
-  const float *settings, *frequencies;                          // eps and block_size; (D / 2,)
-  const void *embedding, *head;                                 // (V, E)
+  const float *settings, *frequencies;                          // as in Step; (D / 2,)
+  Stored embedding, head;                                       // (V, E)
   const float *norm_out;                                        // (E,)
   std::vector<LayerWeights> layers;
   Shapes shapes;
   int64_t wanted_rows, vocabulary;
 };
 
-template <typename T>
+// Matrix: the kind that the layers have; Table: that of embedding and head.
+template <typename Matrix, typename Table>
 class Model {
+  using T = typename Table::Input;
+
  public:
   explicit Model(const ModelInputs &in) : in_(in), rows_(in.shapes.batch * in.shapes.tokens) {}
 
@@ -34,11 +37,13 @@ class Model {
     Embed(x);
     Turn(turns);
     const Step step{turns, in_.positions, in_.slots, in_.tables, in_.settings};
-    for (const LayerWeights &weights : in_.layers) Layer<T>(in_.shapes, step, weights, x).Run();
+    for (const LayerWeights &weights : in_.layers) Layer<Matrix>(in_.shapes, step, weights, x).Run();
     Head(x, logits);
   }
 
  private:
+  Table Of(const Stored &table) const { return {table, in_.shapes.dim, static_cast<int64_t>(in_.settings[2])}; }
+
   template <int kIndex>
   static float *Buffer(int64_t count) {
     static thread_local std::vector<float> buffer;
@@ -48,7 +53,8 @@ class Model {
   // Rows of the embedding as float32. Ids are checked by the engine.
   void Embed(float *x) {
     const int64_t dim = in_.shapes.dim;
-    for (int64_t r = 0; r < rows_; ++r) Widen(static_cast<const T *>(in_.embedding) + in_.tokens[r] * dim, x + r * dim, dim);
+    const Table table = Of(in_.embedding);
+    for (int64_t r = 0; r < rows_; ++r) table.Row(in_.tokens[r], x + r * dim);
   }
 
   // Cosines (B, T, D / 2), then sines.
@@ -73,8 +79,9 @@ class Model {
       RmsNorm(x + in_.wanted[r] * dim, in_.norm_out, in_.settings[0], dim, normed);
       Convert(normed, input + r * dim, dim);
     }
+    const Table head = Of(in_.head);
     ForWeightRows(vocabulary, [&](int64_t begin, int64_t end) {
-      MatmulRows(input, static_cast<const T *>(in_.head), count, dim, begin, end,
+      MatmulRows(input, head, count, begin, end,
                  [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
                    _mm_mask_storeu_ps(logits + m * vocabulary + n, kept, v);
                  });

@@ -15,6 +15,8 @@ _FORMATS = {
     ms.int32: DataType.I32_Default,
     ms.float32: DataType.F32_Default,
     ms.bfloat16: DataType.BF16_Default,
+    ms.int8: DataType.I8_Default,
+    ms.uint8: DataType.U8_Default,
 }
 
 

@@ -1,0 +1,139 @@
+// Rows of weights of 8 or 4 bits, groups of columns with a scale and a bias each: weight = q * scale + bias.
+//
+// They are rounded to bfloat16 on the way into the product, so that it gives the bits which a checkpoint of the same
+// weights in bfloat16 gives, whether a row is widened in registers or written out first.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include <immintrin.h>
+
+#include "matmul.h"
+#include "rows.h"
+
+namespace llama31 {
+
+constexpr int64_t kSteps = Lanes<Bf16>::kStep;  // columns that one load widens; groups are multiples of it
+
+// 8 bits: (N, K) of int8.
+struct Bits8 {
+  static constexpr int64_t kPerByte = 1;
+  struct Group {
+    __m512 scale, bias;
+  };
+
+  static Group Begin(float scale, float bias) { return {_mm512_set1_ps(scale), _mm512_set1_ps(bias)}; }
+
+  static __m512i Load(const uint8_t *p, const Group &group) {
+    const __m512 low = Widen(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)), group);
+    const __m512 high = Widen(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p + 16)), group);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  }
+
+ private:
+  static __m512 Widen(__m128i q, const Group &group) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), group.scale, group.bias);
+  }
+};
+
+// 4 bits: (N, K / 2) of bytes, the even column in the low half. Each group has its sixteen weights as a table.
+struct Bits4 {
+  static constexpr int64_t kPerByte = 2;
+  struct Group {
+    __m512i table;
+  };
+
+  static Group Begin(float scale, float bias) {
+    const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 weights = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale), _mm512_set1_ps(bias));
+    return {_mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(weights))};
+  }
+
+  static __m512i Load(const uint8_t *p, const Group &group) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    const __m512i halves = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+    return _mm512_permutexvar_epi16(_mm512_and_si512(halves, _mm512_set1_epi32(0x000f000f)), group.table);
+  }
+};
+
+// Four rows, for `Tile`.
+template <typename Bits>
+struct QuantizedRows {
+  using Group = typename Bits::Group;
+
+  int64_t group_size;
+  const uint8_t *data[4];
+  const float *scales[4], *biases[4];
+
+  int64_t group(int64_t) const { return group_size; }
+  Group Begin(int j, int64_t at) const {
+    return Bits::Begin(scales[j][at / group_size], biases[j][at / group_size]);
+  }
+  __m512i Load(int j, int64_t at, const Group &group) const { return Bits::Load(data[j] + at / Bits::kPerByte, group); }
+  __m512i Load(int j, int64_t at, int) const { return Load(j, at, Begin(j, at)); }  // K has no rest
+  void Fetch(int j, int64_t at, int64_t ahead) const {
+    _mm_prefetch(reinterpret_cast<const char *>(data[j] + (at + ahead) / Bits::kPerByte), _MM_HINT_T0);
+  }
+};
+
+// A matrix (N, K); `rows` at a time are widened once and kept where many rows of x go through them.
+template <typename Bits>
+class QuantizedMatrix {
+ public:
+  using Input = Bf16;
+
+  QuantizedMatrix(const Stored &stored, int64_t k, int64_t group_size)
+      : stored_(stored), k_(k), group_size_(group_size), groups_((k + group_size - 1) / group_size) {}
+
+  int64_t k() const { return k_; }
+
+  // use(rows) with the four rows from n on; beyond the last one, the last one again.
+  template <typename Use>
+  void WithRows(int64_t n, int64_t n_end, bool is_used_often, const Use &use) const {
+    const QuantizedRows<Bits> rows = RowsAt(n, n_end);
+    if (!is_used_often) return use(rows);
+    static thread_local std::vector<Bf16> buffer;
+    Bf16 *to = Scratch(buffer, 4 * k_);
+    PlainRows<Bf16> widened{};
+    for (int j = 0; j < 4; ++j, to += k_) {
+      Expand(rows, j, to);
+      widened.data[j] = to;
+    }
+    use(widened);
+  }
+
+  // One row as float32.
+  void Row(int64_t n, float *to) const {
+    static thread_local std::vector<Bf16> buffer;
+    Bf16 *row = Scratch(buffer, k_);
+    Expand(RowsAt(n, n + 1), 0, row);
+    Widen(row, to, k_);
+  }
+
+ private:
+  QuantizedRows<Bits> RowsAt(int64_t n, int64_t n_end) const {
+    QuantizedRows<Bits> rows{group_size_, {}, {}, {}};
+    for (int j = 0; j < 4; ++j) {
+      const int64_t row = std::min<int64_t>(n + j, n_end - 1);
+      rows.data[j] = static_cast<const uint8_t *>(stored_.data) + row * k_ / Bits::kPerByte;
+      rows.scales[j] = stored_.scales + row * groups_, rows.biases[j] = stored_.biases + row * groups_;
+    }
+    return rows;
+  }
+
+  void Expand(const QuantizedRows<Bits> &rows, int j, Bf16 *to) const {
+    for (int64_t begin = 0; begin < k_; begin += group_size_) {
+      const auto group = rows.Begin(j, begin);
+      for (int64_t at = begin; at < std::min(k_, begin + group_size_); at += kSteps) {
+        _mm512_storeu_si512(to + at, rows.Load(j, at, group));
+      }
+    }
+  }
+
+  Stored stored_;
+  int64_t k_, group_size_, groups_;
+};
+
+}  // namespace llama31
