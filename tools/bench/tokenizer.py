@@ -6,7 +6,7 @@ was ready and waited for a core that others had is taken off (Linux counts it in
 the same as a free one. The ids of all are compared first.
 
 One thread means one: TOKENIZERS_PARALLELISM=false and RAYON_NUM_THREADS=1 for every library. The table of threads is
-`encode_batch` against itself, timed in the calling thread, which works too. tokenizers is called in both its ways:
+described in tokenizer_threads.py. tokenizers is called in both its ways:
 `encode(text).ids`, and `encode_batch_fast([text])`, which leaves out the offsets nobody asked for; ratios are to the
 first unless the column says fast. Raw tiktoken is its Encoding built by tiktoken's own loader with the pattern Meta
 publishes, called through `encode_ordinary`. The engine fastokens remembers pieces it has seen, so each
@@ -32,9 +32,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.tokenizer_corpora import load_corpora, size_mb
+from bench.tokenizer_corpora import load_corpora
 from bench.tokenizer_engines import bench_fast_engine, measure_limit
-from bench.tokenizer_timing import Work, print_table, queued_seconds, ratio, time_work
+from bench.tokenizer_threads import bench_threads
+from bench.tokenizer_timing import (
+    Corpora,
+    Work,
+    measure,
+    print_rates,
+    print_table,
+    queued_seconds,
+    ratio,
+    run_rounds,
+)
 
 from llama31_tokenizer import Tokenizer
 from llama31_tokenizer.patterns import LLAMA3
@@ -55,85 +65,54 @@ def build_tiktoken(path: Path) -> Any:
     )
 
 
-def run_rounds(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each work in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds):
-        names = list(works)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            seconds[name].append(time_work(works[name]))
-    return seconds
+def bench_encoding(ours: Tokenizer, raw: Any, hf: Any, corpora: Corpora, rounds: int) -> dict[str, float]:
+    """Tables of encoding and counting in one thread; returns the seconds of tokenizers for each corpus."""
 
-
-def bench_encoding(ours: Tokenizer, raw: Any, hf: Any, corpora: dict[str, list[str]], rounds: int) -> dict[str, float]:
-    """Tables of encoding, decoding and counting; returns the seconds of tokenizers for each corpus."""
-    single: list[Sequence[str]] = []
-    limits: list[Sequence[str]] = []
-    hf_seconds: dict[str, float] = {}
-    threads: list[Sequence[str]] = []
-    decoding: list[Sequence[str]] = []
-    for name, documents in corpora.items():
-        mb = size_mb(documents)
+    def works(documents: list[str]) -> dict[str, Work]:
         rows = [ours.encode(document) for document in documents]
         assert rows == [raw.encode_ordinary(document) for document in documents], "ids differ from tiktoken's"
-        hf.encode_special_tokens = True
         assert rows == [hf.encode(document, add_special_tokens=False).ids for document in documents], "ids differ"
+        return {
+            "llama31": lambda: [ours.encode(text) for text in documents],
+            "tiktoken": lambda: [raw.encode_ordinary(text) for text in documents],
+            "tokenizers": lambda: [hf.encode(text, add_special_tokens=False).ids for text in documents],
+            "tokenizers fast": lambda: [
+                hf.encode_batch_fast([text], add_special_tokens=False)[0].ids for text in documents
+            ],
+            "count()": lambda: [ours.count(text) for text in documents],
+        }
 
-        def hf_encode(documents: list[str] = documents) -> object:
-            return [hf.encode(document, add_special_tokens=False).ids for document in documents]
-
-        def rate(seconds: list[float], mb: float = mb) -> str:
-            return f"{mb / statistics.median(seconds):.1f}"
-
-        t = run_rounds(
-            {
-                "llama31": lambda d=documents: [ours.encode(text) for text in d],  # type: ignore[misc]
-                "tiktoken": lambda d=documents: [raw.encode_ordinary(text) for text in d],  # type: ignore[misc]
-                "tokenizers": hf_encode,
-                "tokenizers fast": lambda d=documents: [  # type: ignore[misc]
-                    hf.encode_batch_fast([text], add_special_tokens=False)[0].ids for text in d
-                ],
-                "count": lambda d=documents: [ours.count(text) for text in d],  # type: ignore[misc]
-            },
-            rounds,
-        )
-        gains = [ratio(t["tiktoken"], t["llama31"]), *(ratio(t["tokenizers"], t[key]) for key in ("llama31", "count"))]
-        gains.append(ratio(t["tokenizers fast"], t["llama31"]))
-        single.append((name, f"{mb:.1f}", *(rate(t[key]) for key in (*LIBRARIES, "tokenizers fast", "count")), *gains))
-        hf_seconds[name] = statistics.median(t["tokenizers"])
-        limits.append(measure_limit(name, raw, documents, statistics.median(t["tiktoken"]), hf_seconds[name]))
-        t = run_rounds(
-            {
-                "one": lambda d=documents: ours.encode_batch(d, num_threads=1),  # type: ignore[misc]
-                "two": lambda d=documents: ours.encode_batch(d, num_threads=2),  # type: ignore[misc]
-                "tiktoken": lambda d=documents: raw.encode_ordinary_batch(d, num_threads=2),  # type: ignore[misc]
-            },
-            rounds,
-        )
-        gains = [ratio(t["one"], t["two"]), ratio(t["tiktoken"], t["two"])]
-        threads.append((name, *(rate(t[key]) for key in ("one", "two", "tiktoken")), *gains))
-        t = run_rounds(
-            {
-                "llama31": lambda r=rows: [ours.decode(ids) for ids in r],  # type: ignore[misc]
-                "tiktoken": lambda r=rows: [raw.decode(ids) for ids in r],  # type: ignore[misc]
-                "tokenizers": lambda r=rows: [hf.decode(ids, skip_special_tokens=False) for ids in r],  # type: ignore[misc]
-            },
-            rounds,
-        )
-        gains = [ratio(t["tiktoken"], t["llama31"]), ratio(t["tokenizers"], t["llama31"])]
-        decoding.append((name, *(rate(t[key]) for key in LIBRARIES), *gains))
-    against = ("to tiktoken", "to tokenizers")
-    header = ("corpus", "MB", *LIBRARIES, "tokenizers fast", "count()", *against, "count() to tokenizers", "to fast")
-    print_table("One thread, MB/s", header, single)
+    hf.encode_special_tokens = True
+    found = measure(corpora, works, rounds)
+    gains = [("llama31", other) for other in ("tiktoken", "tokenizers", "tokenizers fast")] + [
+        ("count()", "tokenizers")
+    ]
+    print_rates("One thread, MB/s", corpora, found, gains)
+    hf_seconds = {name: statistics.median(t["tokenizers"]) for name, t in found.items()}
     print_table(
         "Where tiktoken's time goes, seconds",
         ("corpus", "cutting and looking up", "merging", "tokenizers", "most any tiktoken could gain on tokenizers"),
-        limits,
+        [
+            measure_limit(name, raw, documents, statistics.median(found[name]["tiktoken"]), hf_seconds[name])
+            for name, documents in corpora.items()
+        ],
     )
-    columns = ("corpus", "one thread", "two threads", "tiktoken, two threads")
-    print_table("Threads, MB/s", (*columns, "two to one", "two to tiktoken"), threads)
-    print_table("Decoding, MB/s", ("corpus", *LIBRARIES, *against), decoding)
     return hf_seconds
+
+
+def bench_decoding(ours: Tokenizer, raw: Any, hf: Any, corpora: Corpora, rounds: int) -> None:
+    """The table of decoding."""
+
+    def works(documents: list[str]) -> dict[str, Work]:
+        rows = [ours.encode(document) for document in documents]
+        return {
+            "llama31": lambda: [ours.decode(ids) for ids in rows],
+            "tiktoken": lambda: [raw.decode(ids) for ids in rows],
+            "tokenizers": lambda: [hf.decode(ids, skip_special_tokens=False) for ids in rows],
+        }
+
+    gains = [("llama31", "tiktoken"), ("llama31", "tokenizers")]
+    print_rates("Decoding, MB/s", corpora, measure(corpora, works, rounds), gains)
 
 
 def bench_long_runs(ours: Tokenizer) -> None:
@@ -224,9 +203,10 @@ def main() -> int:
         ours.save_pretrained(directory)
         saved = Path(directory) / "tokenizer.json"
         corpora = load_corpora()
-        corpora["all"] = [document for documents in corpora.values() for document in documents]
-        hf = tokenizers.Tokenizer.from_file(str(saved))
-        hf_seconds = bench_encoding(ours, build_tiktoken(path), hf, corpora, arguments.rounds)
+        raw, hf = build_tiktoken(path), tokenizers.Tokenizer.from_file(str(saved))
+        bench_threads(ours, raw, corpora, arguments.rounds)
+        hf_seconds = bench_encoding(ours, raw, hf, corpora, arguments.rounds)
+        bench_decoding(ours, raw, hf, corpora, arguments.rounds)
         bench_fast_engine(ours, corpora, hf_seconds, arguments.rounds)
         bench_processes({"llama31": path, "tiktoken": path, "tokenizers": saved}, arguments.rounds)
     bench_long_runs(ours)

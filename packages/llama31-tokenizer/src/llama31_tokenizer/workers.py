@@ -46,6 +46,7 @@ class Workers:
         if self._pid != os.getpid():
             self._pool, self._own, self._num_chars = ThreadPoolExecutor(MAX_OWN), threading.local(), 0
             self._pid = os.getpid()
+            tokenizer.count("first")  # in the calling thread, before one of these could be the first
         self._num_chars += num_chars
         pays = self._num_chars >= CHARS_PER_OWN * (num_jobs + 1)
         kept = min(num_jobs, MAX_OWN)
