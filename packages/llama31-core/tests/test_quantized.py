@@ -38,6 +38,7 @@ from llama31_core.inference.values import set_value
 from llama31_core.kernels import ascend, portable
 from llama31_core.model import Llama, PagedAttention
 from llama31_core.model.quantized import QuantizedLayers, QuantizedLinear
+from llama31_core.parallel import ParallelConfig
 from llama31_core.precision import Precision
 
 Weights = dict[str, npt.NDArray[Any]]
@@ -173,6 +174,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, random_weights: Callable[.
         pytest.raises(CheckpointError, match=r"lm_head.scales is float16, expected float32"),
     ):
         check_stored(opened, config)
+    with pytest.raises(ConfigError, match=r"tp=2 is 2 ranks, a model of 8 bits runs in 1"):
+        ParallelConfig(tp=2).check(config)
     with pytest.raises(ConfigError, match=r"max_loras is 2, allowed with a quantised model is 0"):
         plan_cache(config, EngineOptions(max_loras=2))
 

@@ -127,8 +127,14 @@ class ParallelConfig(BaseModel):
         """See that the model divides, before anything is loaded.
 
         Raises:
-            ConfigError: naming the axis, what it must divide, and the nearest sizes that would do.
+            ConfigError: naming the axis, what it must divide, and the nearest sizes that would do; or the model is
+                quantised, which one rank alone computes with.
         """
+        if config.quantization is not None and self.world_size > 1:
+            raise ConfigError(
+                f"pp={self.pp} x dp={self.dp} x cp={self.cp} x tp={self.tp} is {self.world_size} ranks, a model of "
+                f"{config.quantization.bits} bits runs in 1; take the checkpoint it was made of"
+            )
         if world_size is not None and world_size != self.world_size:
             rest = self.pp * self.cp * self.tp
             remedy = f"; with these pp, cp and tp, dp={world_size // rest} would fit" if world_size % rest == 0 else ""
