@@ -18,6 +18,7 @@ from llama31_core.config import ModelConfig
 from llama31_core.errors import DatasetError
 from llama31_core.training.batch import Batch
 from llama31_core.training.dataset import MindRecordDataset, find_records
+from llama31_core.training.label_watch import LabelWatch
 
 CONFIG = ModelConfig.preset("tiny")
 GOOD = {"seq_length": 8, "vocab_size": 512, "bos_token_id": None, "eos_token_id": None}
@@ -114,6 +115,7 @@ def test_records_of_another_width_are_refused(tmp_path: Path) -> None:
         ({"seq_length": 8, "vocab_size": "x"}, "no manifest of llama31-data"),
         (GOOD | {"seq_length": 9}, "seq_length 9, the run 8"),
         (GOOD | {"vocab_size": 600}, "600 tokens, the model 512"),
+        (GOOD | {"counts": {"label_tokens": 0}}, "no token of the data is trained on"),
         (GOOD | {"columns": ["input_ids", "labels", "scores"]}, "the records have input_ids, labels, scores"),
     ],
 )
@@ -165,3 +167,13 @@ def test_reading_leaves_the_handlers_of_signals_alone(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_without_any_label_ends_with_its_first_pass_over_the_data() -> None:
+    watch = LabelWatch("data", patience=2)
+    watch.see(1, 0)
+    with pytest.raises(DatasetError, match="data: no token of the records of 2 steps is trained on"):
+        watch.see(2, 0)
+    some = LabelWatch("data", patience=2)
+    for step, labels in enumerate((0, 5, 0, 0, 0)):
+        some.see(step, labels)

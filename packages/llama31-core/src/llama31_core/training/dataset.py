@@ -243,6 +243,12 @@ def check_manifest(path: Path, config: ModelConfig, seq_length: int, tokenizer_d
             f"preprocess again with the model's own tokenizer"
         )
     _check_tokenizer(path, manifest.get("tokenizer_sha256"), tokenizer_dir)
+    counts = manifest.get("counts")
+    if isinstance(counts, dict) and counts.get("label_tokens") == 0:
+        raise DatasetError(
+            f"{path}: no token of the data is trained on (every label is {IGNORED_LABEL}); preprocess again, with a "
+            "longer --seq_length if answers were cut off"
+        )
     columns = set(manifest.get("columns", _COLUMNS))
     if columns not in (set(_COLUMNS), set(_COLUMNS + _PACKED_COLUMNS)):
         raise DatasetError(

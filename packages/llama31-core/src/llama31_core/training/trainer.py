@@ -34,6 +34,7 @@ from llama31_core.training.evaluation import evaluate
 from llama31_core.training.flops import StepFlops
 from llama31_core.training.generation import SampleGenerator
 from llama31_core.training.head import Objective
+from llama31_core.training.label_watch import LabelWatch
 from llama31_core.training.loss_scale import LossScale
 from llama31_core.training.ranks import Alone, Ranks
 from llama31_core.training.report import EvalReport, Observer, StepReport
@@ -139,6 +140,8 @@ class Trainer:
         self._flops = StepFlops.of(self.config, trains_weights=self._lora is None)
         self._pace = Pace()
         self.start_step = 0 if self._resumed_from is None else self._resume(self._resumed_from)
+        patience = min(self._plan.steps_per_epoch, self.num_steps - self.start_step)
+        self._labels = LabelWatch(run.train_dataset.data_loader.dataset_dir, patience)
 
     def _resume(self, checkpoint: Path) -> int:
         shapes = {name: tuple(moment.shape) for name, moment in self._optimizer.moments.items()}
@@ -259,8 +262,7 @@ class Trainer:
         Raises:
             Llama31Error: loss or gradients are no numbers; which records they come of is in a file.
         """
-        if not result.num_label_tokens:
-            _LOG.warning("step %d: no label of the batch is trained on; the step is left out", index + 1)
+        self._labels.see(index + 1, result.num_label_tokens)
         is_scaled = self._run.runner_wrapper.loss_scale_factor > 1
         if math.isfinite(result.loss) and (is_scaled or not result.is_overflow):
             return
