@@ -107,6 +107,29 @@ def test_a_model_trains_the_same_with_either(
         np.testing.assert_allclose(gradients[0][name], want, atol=1e-5 * np.abs(want).max(), err_msg=name)
 
 
+@needs_native
+def test_rows_by_the_kernels_train_as_by_mindspores_operators(
+    random_weights: Callable[..., dict[str, npt.NDArray[np.float32]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms, rotations, SwiGLU and cross-entropy, of widths and a vocabulary that fill no vectors."""
+    sizes = {"dim": 72, "head_dim": 18, "ffn_dim": 90, "vocab_size": 517}
+    config = ModelConfig(**ModelConfig.preset("tiny").model_dump() | sizes)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 70)).astype(np.int32)
+    labels = np.where(ids % 3 == 0, np.int32(-100), ids)
+    gradients, losses = [], []
+    for has_kernels in (True, False):
+        monkeypatch.setattr("llama31_core.training.weights.native_kernels_here", lambda has=has_kernels: has)
+        weights = TrainedWeights(config, BlockwiseAttention)
+        assert weights.has_native_rows is has_kernels
+        weights.load(random_weights(config).__getitem__)
+        backprop = Backprop(weights, Objective(), "none")
+        losses.append(backprop.accumulate([Batch.unpacked(ids, labels)], 1.0))
+        gradients.append({name: tensor.asnumpy() for name, tensor in backprop.gradients.items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name, want in gradients[1].items():
+        np.testing.assert_allclose(gradients[0][name], want, atol=1e-5 * np.abs(want).max(), err_msg=name)
+
+
 @pytest.mark.parametrize("change", [{"head_dim": 8}, {}])
 def test_the_portable_attention_serves_where_the_kernels_cannot(
     change: dict[str, int], monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from llama31_core.training.batch import Batch
 from llama31_core.training.block import BlockBackward, BlockForward, Recompute
 from llama31_core.training.head import HeadGradient, HeadLoss, Objective, Vocabulary, label_chunks
+from llama31_core.training.native_rows import build_cross_entropy
 from llama31_core.training.pieces import chunk_size
 from llama31_core.training.weights import TrainedWeights, layer_name
 
@@ -102,7 +103,9 @@ class Backprop:
         self._add = _Add()
         self._buffers: dict[str, Parameter] = {}
         if model.norm_out.weight.name in weights.outer_parameters:
-            self._head = HeadGradient(HeadLoss(weights.template, objective, vocabulary))
+            is_fused = weights.has_native_rows and vocabulary is None and objective == Objective()
+            cross_entropy = build_cross_entropy() if is_fused else None
+            self._head = HeadGradient(HeadLoss(weights.template, objective, vocabulary), cross_entropy)
             self._head_loss = HeadLoss(weights.template, Objective(), vocabulary)
             self._buffers |= dict(zip((p.name for p in self._head.trained), self._head.gradients, strict=True))
             for cell in (self._head, self._head_loss):

@@ -95,8 +95,7 @@ class HeadLoss(nn.Cell):  # type: ignore[misc]
     def compute(self, x_CE: Tensor, labels_C: Tensor) -> tuple[Tensor, ...]:
         """Summed loss, log-probabilities (C, V), normed x (C, E), which labels are valid, and the slope of the z-loss,
         1 + 2 z logsumexp, both (C,)."""
-        normed_CE = self.norm(x_CE)
-        logits_CV = self._product_tb(normed_CE, self.weight.astype(normed_CE.dtype)).astype(ms.float32)
+        normed_CE, logits_CV = self.project(x_CE)
         log_p_CV = self.vocabulary.log_softmax(logits_CV)
         valid_C = (labels_C >= 0).astype(ms.float32)
         chosen_C = self._choose(log_p_CV, labels_C)
@@ -112,6 +111,11 @@ class HeadLoss(nn.Cell):  # type: ignore[misc]
             slope_C = 1.0 + 2.0 * self._z_loss * logsumexp_C
         return (loss_C * valid_C).sum(), log_p_CV, normed_CE, valid_C, slope_C
 
+    def project(self, x_CE: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed x (C, E) and logits (C, V)."""
+        normed_CE = self.norm(x_CE)
+        return normed_CE, self._product_tb(normed_CE, self.weight.astype(normed_CE.dtype)).astype(ms.float32)
+
     def _choose(self, values_CV: Tensor, labels_C: Tensor) -> Tensor:
         """The label's own value of every token."""
         here_C = ops.gather_d(values_CV, 1, self.vocabulary.rows(labels_C).reshape(-1, 1)).reshape(-1)
@@ -123,11 +127,18 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
 
     The gradient of the logits is `softmax - label` times a factor a token, which is applied to the narrow side of both
     products that follow, never to (C, V).
+
+    Args:
+        loss: what is differentiated.
+        cross_entropy: losses (C,) and the gradients of logits (C, V) in one; for a plain objective over a whole
+            vocabulary. None computes them from the log-probabilities.
     """
 
-    def __init__(self, loss: HeadLoss) -> None:
+    def __init__(self, loss: HeadLoss, cross_entropy: ops.Custom | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.loss = loss
+        self._is_fused = cross_entropy is not None
+        self._cross_entropy: ops.Custom = cross_entropy
         self.trains_weight, self.trains_norm = loss.weight.requires_grad, loss.norm.weight.requires_grad
         shapes = [p.shape for p in self.trained]
         buffers = [Parameter(Tensor(np.zeros(s, np.float32)), f"head_gradient_{i}") for i, s in enumerate(shapes)]
@@ -147,10 +158,9 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Summed loss of the labels, and `d_x_NE` with the gradient, times `scale`, of this chunk's tokens added."""
         x_CE = ops.gather(x_NE, places_C, 0)
-        total, log_p_CV, normed_CE, valid_C, slope_C = self.loss.compute(x_CE, labels_C)
+        total, normed_CE, d_logits_CV, factors_C = self._differentiate(x_CE, labels_C)
         ones_1E = ops.ones((1, x_CE.shape[1]), ms.float32)
-        factors_CE = self._product((valid_C * slope_C * scale).reshape(-1, 1), ones_1E)
-        d_logits_CV = self._logit_gradients(log_p_CV, labels_C, slope_C)
+        factors_CE = self._product((factors_C * scale).reshape(-1, 1), ones_1E)
         d_normed_CE = self._product(d_logits_CV, self.loss.weight.astype(ms.float32)) * factors_CE
         if self.trains_norm:
             d_inputs, d_weights = self._norm_gradient(self.loss.norm, self._norm_weights)(x_CE, d_normed_CE)
@@ -163,6 +173,15 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
             d_weight = self._product_ta(d_logits_CV, normed_CE.astype(ms.float32) * factors_CE)
             d_rows = ops.depend(d_rows, ops.assign_add(self.gradients[0], d_weight))
         return total, ops.tensor_scatter_add(d_x_NE, places_C.reshape(-1, 1), d_rows)
+
+    def _differentiate(self, x_CE: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Summed loss, normed x (C, E), and the gradients of the logits (C, V) but for a factor of each token (C,)."""
+        if self._is_fused:
+            normed_CE, logits_CV = self.loss.project(x_CE)
+            losses_C, d_logits_CV = self._cross_entropy(logits_CV, labels_C)
+            return losses_C.sum(), normed_CE, d_logits_CV, (labels_C >= 0).astype(ms.float32)
+        total, log_p_CV, normed_CE, valid_C, slope_C = self.loss.compute(x_CE, labels_C)
+        return total, normed_CE, self._logit_gradients(log_p_CV, labels_C, slope_C), valid_C * slope_C
 
     def _logit_gradients(self, log_p_CV: Tensor, labels_C: Tensor, slope_C: Tensor) -> Tensor:
         """Gradient of a label's loss by its logits, over `slope`."""

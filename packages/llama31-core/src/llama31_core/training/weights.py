@@ -17,9 +17,11 @@ from mindspore.nn.utils import no_init_parameters
 
 from llama31_core import kernels
 from llama31_core.config import ModelConfig
+from llama31_core.inference.runner import native_kernels_here
 from llama31_core.model import Llama
 from llama31_core.model.attention import AttentionCore
 from llama31_core.model.layers import Layers
+from llama31_core.training.native_rows import fuse_rows
 
 _FIRST = "model.layers.0."
 
@@ -32,6 +34,9 @@ class TrainedWeights:
         core: builds the layer's attention.
         layers: builds what holds weights; whole layers if None.
         held: names of the weights that are here, for a stage of a pipeline; all if None.
+
+    Attributes:
+        has_native_rows: whether the native kernels compute what stands between products.
     """
 
     def __init__(
@@ -46,6 +51,9 @@ class TrainedWeights:
         is_cpu = ms.get_context("device_target") == "CPU"
         with no_init_parameters(), kernels.use("products") if is_cpu else nullcontext():
             self.template = Llama(config.model_copy(update={"n_layers": 1}), core, layers)
+        self.has_native_rows = native_kernels_here()
+        if self.has_native_rows:
+            fuse_rows(self.template)
         self.block: nn.Cell = self.template.model.layers[0]
         self.block_parameters: dict[str, Parameter] = {}
         self.outer_parameters: dict[str, Parameter] = {}
