@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llama31_tokenizer import ChatFormat, Tokenizer, TokenizerError
+from llama31_tokenizer import ChatFormat, Tokenizer, TokenizerError, jinja_sandbox
 from llama31_tokenizer.tool_calls import ToolCall
 from model_assets import fetch
 
@@ -254,12 +254,36 @@ def test_generation_blocks_equal_transformers_mask(smollm2: Tokenizer, hf_smollm
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ missing.field }}", "undefined"),
+        ("{{ 'a'.ljust(10 ** 15) }}", "no memory"),
     ],
 )
 def test_templates_that_raise_loop_or_reach_out(template: str, message: str, smollm2: Tokenizer) -> None:
     chat = template_tokenizer(smollm2, template)
     with pytest.raises(TokenizerError, match=message):
         chat.encode_dialog(DIALOGS["one question"])
+
+
+@pytest.mark.parametrize(
+    "grown",
+    ["{% set n.s = n.s ~ n.s %}", "{% set n.s = n.s + n.s %}", "{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}", ""],
+)
+@pytest.mark.parametrize("start", ["'0123456789'", "[1, 2]"])
+def test_templates_cannot_fill_the_memory(
+    grown: str, start: str, smollm2: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jinja_sandbox, "MAX_CHARS", 100_000)
+    loop = (
+        "{% set n = namespace(s="
+        + start
+        + ") %}{% for _ in range(PASSES) %}"
+        + grown
+        + "{% endfor %}{{ n.s | length }}"
+    )
+    text = "{% for _ in range(PASSES) %}0123456789{% endfor %}"
+    source = loop if grown else text
+    assert template_tokenizer(smollm2, source.replace("PASSES", "9")).encode_dialog(DIALOGS["one question"]).ids
+    with pytest.raises(TokenizerError, match="puts together more than 100,000"):
+        template_tokenizer(smollm2, source.replace("PASSES", "20000")).encode_dialog(DIALOGS["one question"])
 
 
 def test_broken_template_names_its_line(smollm2: Tokenizer) -> None:

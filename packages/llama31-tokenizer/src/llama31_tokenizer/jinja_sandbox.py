@@ -2,14 +2,14 @@
 
 The environment offers what transformers' does (`utils/chat_template_utils.py`): trimmed blocks, loop controls, `tojson`
 without HTML escapes, `raise_exception`, `strftime_now`, the `generation` block. A template is a stranger's code: its
-loops and the strings it builds are bounded, so one that loops ends in an error, not in a stuck process.
+loops and the strings it puts together are bounded, so one that loops ends in an error, not in a stuck process.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,11 +22,13 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from llama31_tokenizer.errors import TokenizerError
 
 MAX_STEPS = 1_000_000  # loop passes and macro calls of one rendering
 MAX_PRODUCT = 10_000_000  # characters or items of one repeated string or list, and size of one power
+MAX_CHARS = 100_000_000  # characters or items of what is put together of parts, the whole text among them
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,40 @@ class _Guard(Extension):
         if self.state.steps > MAX_STEPS:
             raise jinja2.TemplateRuntimeError(f"it went through more than {MAX_STEPS:,} loop passes")
 
+    def concatenate(self, *parts: Any) -> str:
+        return _join(map(str, parts))
+
+
+class _GuardConcatenation(NodeTransformer):
+    """`a ~ b` as a call of the guard's."""
+
+    def __init__(self, guard: _Guard) -> None:
+        self._guard = guard
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - jinja2's name
+        self.generic_visit(node)
+        return self._guard.call_method("concatenate", node.nodes).set_lineno(node.lineno)
+
+
+def _join(parts: Iterable[str]) -> str:
+    """What is put together, never more than `MAX_CHARS` and a part."""
+    kept = []
+    size = 0
+    for part in parts:
+        kept.append(part)
+        size += len(part)
+        _check_size(size)
+    return "".join(kept)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_CHARS:
+        raise SecurityError(f"it puts together more than {MAX_CHARS:,} characters or items")
+
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+"})
+    concat = staticmethod(_join)  # of the text, of macros and of `set` blocks
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -82,6 +115,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         repeated: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
         for node in repeated:
             node.body.insert(0, nodes.ExprStmt(guard.call_method("step")).set_lineno(node.lineno))
+        _GuardConcatenation(guard).visit(tree)
         return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -89,6 +123,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             is_repeat = operator == "*" and hasattr(repeated, "__len__") and isinstance(count, int)
             if is_repeat and len(repeated) * count > MAX_PRODUCT:
                 raise SecurityError(f"it repeats a value to more than {MAX_PRODUCT:,}")
+        if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+            _check_size(len(left) + len(right))
         if operator == "**" and (abs(left) > MAX_PRODUCT or abs(right) > 64):
             raise SecurityError(f"it raises {left} to the power of {right}")
         return super().call_binop(context, operator, left, right)
@@ -134,7 +170,8 @@ class ChatTemplate:
             what = "refused the dialog" if type(error) is jinja2.TemplateError else "failed"  # its raise_exception
             raise TokenizerError(f"{self._origin}: the chat template {what}: {error}") from error
         except (AttributeError, MemoryError) as error:
-            raise TokenizerError(f"{self._origin}: the chat template failed: {error}") from error
+            reason = str(error) or "no memory for what it makes"
+            raise TokenizerError(f"{self._origin}: the chat template failed: {reason}") from error
 
     def _to_json(
         self,
