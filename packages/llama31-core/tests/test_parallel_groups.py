@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.parallel import ParallelConfig, plan_shards
-from llama31_core.parallel.gradients import plan_gradient
+from llama31_core.parallel.gradient_plan import plan_gradient
 from llama31_core.parallel.groups import plan_groups
 from llama31_core.parallel.replica import check_trainable
 

@@ -78,8 +78,13 @@ def test_traffic_counted_by_hand() -> None:
     assert sent == {"dp": 2 * 7 / 8 * 8_030_261_248, "zero": 2 * 7 / 8 * 8_030_261_248}
     middle = published_plan(1, micro_batches=8).stages[3]
     hidden = 2 * 8192 * 8192
-    sent = {part.axis: part.bytes_per_step for part in middle.traffic}
-    assert sent == {"sp": 8 * 10 * 10 * 7 / 8 * hidden, "pp": 8 * 2 * hidden / 8}
+    norms = 2 * 2 * 10 * 2 * 8192 * 7 / 8  # two a layer, on every tp rank whole
+    found = [(part.axis, part.bytes_per_step, part.count) for part in middle.traffic]
+    assert found == [
+        ("sp", 8 * 10 * 10 * 7 / 8 * hidden, 8 * 10 * 10),
+        ("pp", 8 * 2 * hidden / 8, 8 * 4),
+        ("sp", norms, 2 * 10),
+    ]
 
 
 def test_a_group_within_a_node_is_faster_than_one_across() -> None:

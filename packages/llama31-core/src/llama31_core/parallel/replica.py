@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.parallel.backprop import MeshBackprop, build_weights
-from llama31_core.parallel.gradients import GradientPlan, MeshReduction, plan_gradient
+from llama31_core.parallel.gradient_plan import GradientPlan, plan_gradient
+from llama31_core.parallel.gradients import MeshReduction
 from llama31_core.parallel.groups import Groups
 from llama31_core.parallel.layout import ParameterShard, plan_shards
 from llama31_core.parallel.mesh import ParallelConfig

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from mindspore import Parameter, Tensor
 
-from llama31_core.parallel.gradients import GradientPlan
+from llama31_core.parallel.gradient_plan import GradientPlan
 from llama31_core.parallel.groups import Groups
 from llama31_core.parallel.layout import ParameterShard
 from llama31_core.parallel.transport import transport

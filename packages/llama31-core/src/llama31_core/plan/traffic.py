@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama31_core.plan.counts import count_numbers, stage_rank
+from llama31_core.plan.counts import stage_rank
+from llama31_core.plan.gradient_sums import count_sums
 from llama31_core.plan.hardware import Device
 from llama31_core.plan.workload import NumberBytes, TrainWorkload
 
@@ -41,7 +42,7 @@ def step_traffic(work: TrainWorkload, device: Device, stage: int) -> list[Traffi
         _within_layers(work, device, number, stage),
         _ring(work, device, number, stage),
         _between_stages(work, device, number, stage),
-        *_over_replicas(work, device, number, stage),
+        *_over_gradients(work, device, number, stage),
     ]
     return [traffic for traffic in found if traffic is not None and traffic.count]
 
@@ -86,32 +87,24 @@ def _between_stages(work: TrainWorkload, device: Device, number: NumberBytes, st
     parts = parallel.tp if parallel.sequence_parallel else 1
     size = work.tokens * work.config.dim * number.activations // parts
     last = parallel.pp - 1
-    crossings = 2 * parallel.interleave - (stage == 0) - (stage == last)
-    count = crossings * work.micro_batches
+    sends = (2 * parallel.interleave - (stage == 0) - (stage == last)) * work.micro_batches
+    count = 2 * sends  # as many come in
     rank = stage_rank(parallel, stage)
     neighbour = stage_rank(parallel, stage + 1 if stage < last else stage - 1)
-    sent = float(count * size)
+    sent = float(sends * size)
     seconds = _seconds(device, [rank, neighbour], sent, count)
     return Traffic("pp", "hidden states and their gradients", sent, count, seconds, True)
 
 
-def _over_replicas(work: TrainWorkload, device: Device, number: NumberBytes, stage: int) -> list[Traffic | None]:
-    """Gradients are summed over dp and cp; with a split optimiser they are scattered and the weights gathered."""
-    parallel = work.parallel
-    ranks = parallel.dp * parallel.cp
-    if ranks == 1:
-        return []
-    rank = stage_rank(parallel, stage)
-    group = sorted({r for d in parallel.group("dp", rank) for r in parallel.group("cp", d)})
-    share = (ranks - 1) / ranks * count_numbers(work.config, parallel, stage).all
-    if not parallel.shard_optimizer or parallel.dp == 1:
-        sent = 2 * share * number.weights
-        return [Traffic("dp", "sums of gradients", sent, 1, _seconds(device, group, sent, 1), False)]
-    sent = share * number.weights
-    return [
-        Traffic("dp", "scatters of gradients", sent, 1, _seconds(device, group, sent, 1), False),
-        Traffic("zero", "gathers of weights", sent, 1, _seconds(device, group, sent, 1), False),
-    ]
+def _over_gradients(work: TrainWorkload, device: Device, number: NumberBytes, stage: int) -> list[Traffic]:
+    """Sums of gradients, and with a split optimiser gathers of weights."""
+    found = []
+    for sums in count_sums(work.config, work.parallel, stage):
+        times = work.micro_batches if sums.is_per_micro_batch else 1
+        sent, count = float(sums.numbers * number.weights * times), sums.count * times
+        seconds = _seconds(device, list(sums.ranks), sent, count)
+        found.append(Traffic(sums.axis, sums.what, sent, count, seconds, sums.is_per_micro_batch))
+    return found
 
 
 def _seconds(device: Device, group: list[int], sent_bytes: float, count: int) -> float:

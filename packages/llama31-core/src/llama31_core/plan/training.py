@@ -108,7 +108,7 @@ def _stage(work: TrainWorkload, device: Device, stage: int) -> StagePlan:
     once: dict[str, float] = {"optimiser": _optimizer_seconds(work, device, stage)}
     for part in traffic:
         if part.is_per_micro_batch:
-            micro_batch[part.axis] = part.seconds / work.micro_batches
+            micro_batch[part.axis] = micro_batch.get(part.axis, 0.0) + part.seconds / work.micro_batches
         else:
             once[part.axis] = once.get(part.axis, 0.0) + part.seconds
     layers = len(work.parallel.stage_layers(work.config)[stage])
