@@ -11,12 +11,17 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from llama31_ckpt.cli import main as ckpt
 from llama31_core import ModelConfig
+from llama31_core.native_support import what_is_missing
+from llama31_serve.server import core_engine
 from llama31_serve.server.mindie_file import load_mindie_config
 from llama31_serve.server.mindie_settings import settings_of
+from llama31_serve.server.options import EngineOptions
+from llama31_serve.server.settings import Settings
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "serve" / "config.json"
 PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
@@ -36,6 +41,22 @@ def test_the_file_as_it_is() -> None:
     assert "ServerConfig.kmcKsfMaster" in named
     assert "BackendConfig.ScheduleConfig.supportSelectBatch" in named
     assert not {"ServerConfig.port", "BackendConfig.ScheduleConfig.maxBatchSize"} & named
+
+
+def test_the_cache_on_a_cpu_has_a_quarter_of_what_the_kept_weights_leave(
+    smollm2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = tmp_path / "half"
+    assert ckpt(["convert", "--input_path", str(smollm2_dir), "--output_path", str(half), "--dtype", "bf16"]) == 0
+    monkeypatch.setattr(core_engine, "available_memory_bytes", lambda: 2 << 30)
+    numbers = ModelConfig.from_pretrained(half).num_parameters
+    in_half = 4 if what_is_missing() else 2  # without the native kernels weights are kept in float32
+    for directory, bytes_per_number in ((smollm2_dir, 4), (half, in_half)):
+        settings = Settings(directory, engine=EngineOptions(cache_memory_bytes=8 << 30), host_cache_bytes=2 << 20)
+        options, [note] = core_engine.fit_caches(directory, directory, settings)
+        assert options.cache_memory_bytes == ((2 << 30) - bytes_per_number * numbers) // 4
+        assert options.num_host_blocks == 2  # a block of 16 tokens has 720 KiB
+        assert note.startswith("npuMemSize 8 GiB (on this CPU the cache has 0.")
 
 
 def write_model_dir(directory: Path, source: Path) -> None:

@@ -106,6 +106,18 @@ def test_requests_with_the_same_beginning_share_its_blocks() -> None:
     assert engine.num_free_blocks == 12
 
 
+def test_a_request_can_pass_the_prefix_cache_by() -> None:
+    prompt = list(range(1, 18))
+    engine = Engine(CONFIG, runner(12), EngineOptions(max_batch_size=4))
+    hits = []
+    for by in (True, False, False, True):
+        [completion] = engine.generate([prompt], greedy(3, use_prefix_cache=not by))
+        assert completion.token_ids == expected(prompt, 3)[0]
+        hits.append(engine.stats().num_prefix_hit_tokens)
+    assert hits == [0, 0, 16, 16]  # the first one left nothing, the last one took nothing
+    assert engine.num_free_blocks == 12
+
+
 def test_a_shared_beginning_is_held_once_while_requests_run() -> None:
     prompt = list(range(1, 14))
     engine = Engine(CONFIG, runner(12), EngineOptions(max_batch_size=4))

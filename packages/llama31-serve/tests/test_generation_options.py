@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from openai import AsyncOpenAI
 
 from llama31_serve import ControlClient, InvalidRequestError, OverloadedError, RpcError, TokenLogprobs
 from llama31_serve.server.echo_engine import EchoEngine
@@ -60,6 +61,20 @@ async def test_every_parameter_reaches_the_engine(serve: Serve) -> None:
     assert [sampling.seed for sampling in engine.asked] == [7, 8]
     for name, value in wanted.items():
         assert getattr(engine.asked[0], name) == value
+
+
+async def test_the_prefix_cache_can_be_passed_by(serve: Serve) -> None:
+    engine = Recording()
+    async with serve(engine, http_port=0) as running:
+        for bypass in (False, True):
+            await running.client.generate("ab", max_tokens=3, bypass_prefix_cache=bypass)
+        await running.client.chat([{"role": "user", "content": "ab"}], max_tokens=3, bypass_prefix_cache=True)
+        url = f"{running.server.http.business.url}/v1"
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=20) as openai:
+            create = openai.completions.create
+            await create(model="model", prompt="ab", max_tokens=3, extra_body={"cache_prompt": False})
+            await create(model="model", prompt="ab", max_tokens=3)
+    assert [sampling.use_prefix_cache for sampling in engine.asked] == [True, False, False, False, True]
 
 
 async def test_wrong_values_are_all_named(serve: Serve) -> None:

@@ -74,6 +74,8 @@ class Options(TypedDict, total=False):
     """Less is served earlier; 0 is ordinary."""
     adapter: str
     """LoRA adapter by the name it was loaded under."""
+    bypass_prefix_cache: bool
+    """Compute the whole prompt, and leave nothing of it for other requests to find."""
     request_id: str
     """To find the request in the server's log, or to abort it. The server makes one up if there is none."""
 
@@ -159,6 +161,7 @@ def _parameters(options: Options) -> dict[str, Any]:
         "structured_output": _structured_output(options),
         "priority": options.get("priority", 0),
         "adapter": options.get("adapter", ""),
+        "bypass_prefix_cache": options.get("bypass_prefix_cache", False),
     }
 
 

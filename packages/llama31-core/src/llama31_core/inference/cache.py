@@ -101,12 +101,16 @@ class SequenceCache:
         """Note that the next `num_tokens` of a sequence are in the cache; blocks that they fill can be shared now."""
         full_before = sequence.num_cached // self.blocks.block_size
         sequence.num_cached += num_tokens
+        if not sequence.request.params.use_prefix_cache:
+            return
         hashes = sequence.hash_blocks(sequence.num_cached, self.blocks.block_size)
         for block, content in zip(sequence.block_table[full_before:], hashes[full_before:], strict=False):
             self.blocks.register(block, content)
 
     def _known(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the blocks that need not be computed or copied if they are still there."""
+        if not sequence.request.params.use_prefix_cache:
+            return []
         if sequence.host_table:
             num_tokens = sequence.num_cached
         elif sequence.wants_prompt_logprobs:

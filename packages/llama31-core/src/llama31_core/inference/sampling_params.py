@@ -48,6 +48,7 @@ class SamplingParams:
         length_penalty: a beam's log-probability is divided by its length to this power; more than 0 favours long ones.
         early_stopping: end the search as soon as there are `num_beams` ended beams (True), when a running beam could
             not become better than them at its length now (False), or at any length it could reach ("never").
+        use_prefix_cache: take what the cache has of other requests' beginnings, and leave this one's to others.
 
     Raises:
         RequestError: a value outside its range.
@@ -75,6 +76,7 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    use_prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         self._freeze("stop_token_ids", "a sequence of token ids", tuple)

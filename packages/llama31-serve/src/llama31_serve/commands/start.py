@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     set_up_log(settings.log_level, settings.log_file, arguments.access_log)
     files = model_files.find_model_files(settings.model_dir)
     # What cannot work is said before weights load.
-    engine_options, notes = core_engine.fit_caches(files.directory, settings)
+    engine_options, notes = core_engine.fit_caches(files.directory, files.weights, settings)
     plan = core_engine.plan_engine(files.directory, files.weights, engine_options)
     device, dtype = core_engine.describe(files.directory)
     options = replace(settings.options, device_type=device, model_dtype=dtype)

@@ -12,7 +12,7 @@ from typing import cast
 from llama31_core import Engine, ModelConfig, SamplingParams
 from llama31_core.device import ASCEND
 from llama31_core.errors import ConfigError, Llama31Error, RequestError
-from llama31_core.inference.cache_plan import available_memory_bytes, block_size_bytes
+from llama31_core.inference.cache_plan import available_memory_bytes
 from llama31_core.inference.engine_plan import EnginePlan
 from llama31_core.inference.logits_mask import LogitsMaskFactory
 from llama31_core.inference.options import EngineOptions as CoreOptions
@@ -121,21 +121,28 @@ class CoreEngine:
             raise AdapterError(str(error)) from error
 
 
-def fit_caches(model_dir: Path, settings: Settings) -> tuple[EngineOptions, list[str]]:
+def fit_caches(model_dir: Path, weights: Path, settings: Settings) -> tuple[EngineOptions, list[str]]:
     """The engine's options with blocks for the host's cache; on a CPU both caches lie in the memory that there is.
 
     A device's own memory is what an operator knows best. On a CPU, a size meant for a device would take the machine's
-    last byte, so the cache is no larger than a full batch could use, and than a quarter of what is free.
+    last byte, so the cache is no larger than a full batch could use, and than a quarter of what the weights leave free.
+
+    Raises:
+        Llama31Error: no model there, or weights that memory does not hold.
     """
-    config = ModelConfig.from_pretrained(model_dir)
-    options, notes = settings.engine, []
-    block_bytes = block_size_bytes(config, options.block_size or CoreOptions.block_size)
+    options = settings.engine
+    notes: list[str] = []
     asked = options.cache_memory_bytes
+    if asked is None and not settings.host_cache_bytes:
+        return options, notes
+    least = replace(options, num_blocks=1, cache_memory_bytes=None, max_seq_len=None)
+    plan = plan_engine(model_dir, weights, least)
+    config, block_bytes = plan.config, plan.cache.block_bytes
     if asked is not None and not ASCEND.exists():
         batch, longest = options.max_batch_size or CoreOptions.max_batch_size, options.max_seq_len or config.max_seq_len
         useful = batch * -(-longest // (options.block_size or CoreOptions.block_size)) * block_bytes
         free = available_memory_bytes()
-        spare = asked if free is None else (free - 4 * config.num_parameters) // 4
+        spare = asked if free is None else (free - plan.cache.weight_bytes) // 4
         given = max(block_bytes, min(asked, useful, spare))
         if given < asked:
             options = replace(options, cache_memory_bytes=given)

@@ -48,6 +48,7 @@ class Sampling:
     mask: object | None = None
     priority: int = 0
     adapter: str | None = None
+    use_prefix_cache: bool = True
 
 
 class TokenLogprobs(Protocol):

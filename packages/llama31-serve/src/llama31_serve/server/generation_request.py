@@ -70,6 +70,7 @@ class GenerationRequest:
         priority: less is served earlier.
         adapter: LoRA adapter, None for the base model.
         deadline_s: end with what there is after so many seconds.
+        use_prefix_cache: take what the cache has of the prompt's beginning, and leave this prompt's to others.
     """
 
     prompt: Prompt
@@ -100,6 +101,7 @@ class GenerationRequest:
     adapter: str | None = None
     truncate_prompt_to: int | None = None
     deadline_s: float | None = None
+    use_prefix_cache: bool = True
 
 
 def require_valid(request: GenerationRequest, limits: Limits, found: Sequence[FieldViolation] = ()) -> None:

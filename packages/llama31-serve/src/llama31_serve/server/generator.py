@@ -211,6 +211,7 @@ class Generator:
             mask=prepared.mask,
             priority=request.priority,
             adapter=request.adapter,
+            use_prefix_cache=request.use_prefix_cache,
         )
         decoder = self.text.model.stream_decoder(not request.include_special_tokens)
         matcher = StopStringMatcher(request.stop_strings, include_stop_string=request.include_stop_string)

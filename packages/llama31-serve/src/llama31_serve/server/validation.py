@@ -125,6 +125,7 @@ def _read_rest(
         grammar=_grammar(request.structured_output),
         priority=request.priority,
         adapter=request.adapter or None,
+        use_prefix_cache=not request.bypass_prefix_cache,
     )
     try:
         require_valid(checked, limits, wrong)

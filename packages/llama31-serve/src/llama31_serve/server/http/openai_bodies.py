@@ -1,4 +1,5 @@
-"""OpenAI's bodies in, the shared GenerationRequest out. vLLM's extra fields are known too (`extra_body` of a client).
+"""OpenAI's bodies in, the shared GenerationRequest out. Extra fields of vLLM and one of llama.cpp
+are known too (`extra_body` of a client).
 
 Source: OpenAI's API reference on /v1/chat/completions and /v1/completions.
 """
@@ -85,6 +86,8 @@ class OpenAiBody(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    # llama.cpp's.
+    cache_prompt: bool = True
 
     @property
     def include_usage(self) -> bool:
@@ -124,6 +127,7 @@ class OpenAiBody(Body):
             "ignore_eos": self.ignore_eos,
             "include_special_tokens": not self.skip_special_tokens,
             "priority": self.priority,
+            "use_prefix_cache": self.cache_prompt,
         }
 
 

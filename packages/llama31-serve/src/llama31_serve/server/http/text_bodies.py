@@ -101,7 +101,7 @@ class TextBody(Body):
 
 
 class PromptBody(Body):
-    """vLLM's POST /generate. Without `max_tokens` the server's default holds."""
+    """vLLM's POST /generate, and llama.cpp's `cache_prompt`. Without `max_tokens` the server's default holds."""
 
     prompt: str
     stream: bool = False
@@ -125,6 +125,7 @@ class PromptBody(Body):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     use_beam_search: Literal[False] = False
+    cache_prompt: bool = True
 
 
 def read_text_body(body: TextBody, text: TextWorker, limits: Limits, request_id: str | None) -> GenerationRequest:
@@ -194,6 +195,7 @@ def read_prompt_body(
         ignore_eos=body.ignore_eos,
         include_special_tokens=not body.skip_special_tokens,
         adapter=adapter,
+        use_prefix_cache=body.cache_prompt,
     )
     return checked_request(checked, limits, wrong, PROMPT_NAMES)
 
