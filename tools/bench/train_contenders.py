@@ -19,6 +19,8 @@ from llama31_core.config import ModelConfig
 SIZES = {
     "135M": {"vocab_size": 49152, "dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "ffn_dim": 1536},
     "25M": {"vocab_size": 16384, "dim": 384, "n_layers": 10, "n_heads": 6, "n_kv_heads": 2, "ffn_dim": 1280},
+    # Two narrow layers under Llama 3's vocabulary: what the logits cost.
+    "128k": {"vocab_size": 128256, "dim": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 512},
 }
 _RATE, _DECAY, _MAX_NORM = 1e-4, 0.1, 1.0
 # Gives loss and the number of labels that were trained on.

@@ -1,0 +1,106 @@
+"""Weak scaling of training over data parallel ranks: one rank beside two, each with one thread and the same batch.
+
+`python tools/bench/train_ranks.py` runs `llama31-core finetune` on a model of random weights, alone and under
+msrun_launcher.sh, in turns, and prints tokens/s of all ranks; 1.00 is twice as much with two ranks. The first two steps
+of each run are left out: they compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from mindspore.mindrecord import FileWriter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.tokenizer_timing import print_table
+from bench.train_contenders import model_config
+
+from llama31_core.checkpoint import parameter_shapes, save_weights
+from llama31_core.checkpoint.dtypes import Array
+
+ROOT = Path(__file__).resolve().parents[2]
+_NUM_RANKS, _WARM_UP = 2, 2
+
+
+def make_inputs(folder: Path, size: str, tokens: int, num_records: int) -> None:
+    """A model directory of random weights, and MindRecord data of random ids."""
+    config, rng = model_config(size), np.random.default_rng(0)
+
+    def weights() -> Iterator[tuple[str, Array]]:
+        for name, shape in parameter_shapes(config).items():
+            yield name, rng.normal(float(len(shape) == 1), 0.02, shape).astype(np.float32)
+
+    (folder / "model").mkdir()
+    config.save_pretrained(folder / "model")
+    save_weights(folder / "model", weights())
+    writer = FileWriter(str(folder / "train.mindrecord"))
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in ("input_ids", "labels")})
+    for _ in range(num_records):
+        ids = rng.integers(0, config.vocab_size, tokens + 1).astype(np.int32)
+        writer.write_raw_data([{"input_ids": ids, "labels": ids}])
+    writer.commit()
+
+
+def step_times(folder: Path, name: str, ranks: int, batch: int, tokens: int, steps: int) -> list[float]:
+    """Seconds of each step of a run."""
+    run_file, output = ROOT / "configs" / "finetune_smollm2_135m.yaml", folder / name
+    values = {
+        "load_checkpoint": folder / "model",
+        "output_dir": output,
+        "train_dataset.data_loader.dataset_dir": folder / "train.mindrecord",
+        "model.model_config.seq_length": tokens,
+        "runner_config.batch_size": batch,
+        "runner_config.max_steps": steps,
+        "use_parallel": ranks > 1,
+        "parallel_config.data_parallel": ranks,
+    }
+    program = [sys.executable, "-m", "llama31_core", "finetune", run_file, *(f"{k}={v}" for k, v in values.items())]
+    command = list(map(str, program))
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = ["bash", str(ROOT / "tools" / "msrun_launcher.sh"), " ".join(command), str(ranks), str(port)]
+        command = [*launcher, str(folder / f"{name}_log"), "True", "120"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "LLAMA31_NUM_THREADS": "1", "PYTHON": sys.executable}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} ended, exit code {done.returncode}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["step_time_s"] for row in rows if row["kind"] == "step"][_WARM_UP:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="25M,4,512", metavar="SIZE,BATCH,TOKENS")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="of a run, after two that compile")
+    arguments = parser.parse_args()
+    size, batch, tokens = arguments.shape.split(",")[0], *map(int, arguments.shape.split(",")[1:])
+    times: dict[int, list[float]] = {1: [], _NUM_RANKS: []}
+    with tempfile.TemporaryDirectory() as work:
+        folder, steps = Path(work), arguments.steps + _WARM_UP
+        make_inputs(folder, size, tokens, _NUM_RANKS * batch * steps)
+        for number in range(arguments.rounds):
+            for ranks in sorted(times, reverse=bool(number % 2)):
+                times[ranks] += step_times(folder, f"run_{number}_{ranks}", ranks, batch, tokens, steps)
+    alone_s, ranks_s = median(times[1]), median(times[_NUM_RANKS])
+    row = [f"{size}, {batch} x {tokens}", f"{batch * tokens / alone_s:.0f}"]
+    row += [f"{_NUM_RANKS * batch * tokens / ranks_s:.0f}", f"{alone_s / ranks_s:.2f}"]
+    title = f"Weak scaling, a thread each, medians of {arguments.rounds} runs of {arguments.steps} steps"
+    print_table(title, ["model, batch of a rank", "tokens/s of 1 rank", f"of {_NUM_RANKS}", "efficiency"], [row])
+
+
+if __name__ == "__main__":
+    main()
