@@ -117,10 +117,10 @@ def test_rows_by_the_kernels_train_as_by_mindspores_operators(
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 70)).astype(np.int32)
     labels = np.where(ids % 3 == 0, np.int32(-100), ids)
     gradients, losses = [], []
-    for has_kernels in (True, False):
-        monkeypatch.setattr("llama31_core.training.weights.native_kernels_here", lambda has=has_kernels: has)
+    for has_native in (True, False):
+        monkeypatch.setattr("llama31_core.training.weights.has_kernels", lambda has=has_native: has)
         weights = TrainedWeights(config, BlockwiseAttention)
-        assert weights.has_native_rows is has_kernels
+        assert weights.has_native_rows is has_native
         weights.load(random_weights(config).__getitem__)
         backprop = Backprop(weights, Objective(), "none")
         losses.append(backprop.accumulate([Batch.unpacked(ids, labels)], 1.0))
