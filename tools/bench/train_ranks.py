@@ -57,6 +57,7 @@ def step_times(folder: Path, name: str, ranks: int, batch: int, tokens: int, ste
     run_file, output = ROOT / "configs" / "finetune_smollm2_135m.yaml", folder / name
     values = {
         "load_checkpoint": folder / "model",
+        "auto_trans_ckpt": True,
         "output_dir": output,
         "train_dataset.data_loader.dataset_dir": folder / "train.mindrecord",
         "model.model_config.seq_length": tokens,
