@@ -169,12 +169,13 @@ def make_work(rng: np.random.Generator, concurrency: int, arguments: argparse.Na
 
 
 def measure(pipes: dict[str, Connection], arguments: argparse.Namespace) -> dict[int, dict[str, list[Figures]]]:
-    """The figures of every round by concurrency and side; a round before them does not count."""
+    """The figures of every round by concurrency and side; a round of two tokens before them does not count."""
     rng = np.random.default_rng(0)
     found: dict[int, dict[str, list[Figures]]] = {}
     for number in range(arguments.rounds + 1):
         for concurrency in arguments.concurrency:
             work = make_work(rng, concurrency, arguments)
+            work = work if number else replace(work, num_tokens=2)
             for side in rng.permutation(list(pipes)):
                 pipes[side].send(work)
                 figures = pipes[side].recv()
