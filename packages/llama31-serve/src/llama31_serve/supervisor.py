@@ -129,6 +129,7 @@ class Supervisor:
                 replica.process.send_signal(number)
 
 
-def start_command(flags: Sequence[str], replica: int) -> list[str]:
-    """`llama31-serve start` as number `replica` of several."""
-    return [sys.executable, "-m", "llama31_serve", "start", *flags, "--replica", str(replica)]
+def start_command(flags: Sequence[str], replica: int, num_ranks: int = 1) -> list[str]:
+    """`llama31-serve start` as number `replica` of several, each a process or a group of ranks."""
+    what = ("llama31_serve", "start") if num_ranks == 1 else ("llama31_serve.rank_group", str(num_ranks))
+    return [sys.executable, "-m", *what, *flags, "--replica", str(replica)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from llama31_core.errors import Llama31Error
 from llama31_core.inference.batch import BlockMove, ForwardInput
 from llama31_core.inference.engine_plan import EnginePlan
-from llama31_core.inference.parallel_channel import Hub, Peer, connect
+from llama31_core.inference.parallel_channel import Hub, Peer, connect, end_process
 from llama31_core.inference.parallel_part import PartRunner, splits_logits
 from llama31_core.parallel.agreement import agree, digest_of, digest_of_checkpoint, exchange_texts
 from llama31_core.parallel.groups import Groups, world_group
@@ -70,8 +71,21 @@ class LeadingRunner:
             self._hub.peers[rank].send(message)
 
 
-def join(plan: EnginePlan, parallel: ParallelConfig, weights: Path, source: str) -> LeadingRunner | Follower:
+def join(
+    plan: EnginePlan,
+    parallel: ParallelConfig,
+    weights: Path,
+    source: str,
+    on_lost: Callable[[str], None] = end_process,
+) -> LeadingRunner | Follower:
     """Become a rank of a model that a launcher started on as many processes as its mesh has.
+
+    Args:
+        plan: of the model.
+        parallel: its mesh.
+        weights: model directory or weight file.
+        source: where the mesh was asked for, for messages.
+        on_lost: what rank 0 does, in another thread, when the named rank has ended; no step comes to an end after it.
 
     Raises:
         ConfigError: no launcher, other ranks than the mesh has, ranks that do not meet or are set to do other things.
@@ -99,7 +113,7 @@ def join(plan: EnginePlan, parallel: ParallelConfig, weights: Path, source: str)
     assert part is not None
     if hub is None:
         return Follower(part, connect(host, int(port), key.encode(), rank), parallel, rank)
-    hub.accept(range(1, parallel.world_size))
+    hub.accept(range(1, parallel.world_size), on_lost)
     return LeadingRunner(part, hub, parallel, plan)
 
 

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from llama31_serve.commands import start
 from llama31_serve.errors import StartError
 from llama31_serve.supervisor import Supervisor, start_command
 
@@ -30,11 +31,26 @@ def run(arguments: argparse.Namespace) -> int:
     count = _count_in(flags) if arguments.count is None else arguments.count
     if count < 1:
         raise StartError(f"--count is {count}, allowed are numbers from 1 up")
-    commands = [start_command(flags, replica) for replica in range(count)]
+    num_ranks = _ranks_in(flags)
+    commands = [start_command(flags, replica, num_ranks) for replica in range(count)]
     supervisor = Supervisor(commands, functools.partial(print, flush=True))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stop())
     return supervisor.run()
+
+
+def _ranks_in(flags: list[str]) -> int:
+    """Processes of each replica: --tensor_parallel, or worldSize of the --config."""
+    parser = argparse.ArgumentParser(prog="llama31-serve start")
+    start.add_arguments(parser)
+    asked = parser.parse_args(flags)
+    if asked.tensor_parallel is not None or asked.config is None:
+        return asked.tensor_parallel or 1
+    try:
+        [model] = json.loads(asked.config.read_text("utf-8"))["BackendConfig"]["ModelDeployConfig"]["ModelConfig"]
+        return int(model.get("worldSize", 1))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return 1  # `start` says what is wrong with the file
 
 
 def _count_in(flags: list[str]) -> int:

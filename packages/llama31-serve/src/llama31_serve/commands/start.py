@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     _choose_devices(settings)
     load_text = functools.partial(model_text.load_text, files.tokenizer)
     load_engine = functools.partial(core_engine.load_engine, plan, files.weights)
+    servers: list[Server] = []
     if settings.tensor_parallel > 1:
         from llama31_serve.server import parallel_engine
 
@@ -102,13 +104,16 @@ def run(arguments: argparse.Namespace) -> int:
         if not parallel_engine.is_leader(settings.tensor_parallel):
             parallel_engine.follow(*ranks)
             return 0
-        load_engine = functools.partial(parallel_engine.load_leading_engine, *ranks)
+        load_engine = functools.partial(
+            parallel_engine.load_leading_engine, *ranks, lambda problem: servers[0].lose_engine(problem)
+        )
     tracing = None if arguments.traces is None else _tracing(arguments.traces, options.model_name)
 
     async def main() -> int:
         security = settings.security, settings.management_security
         observers = () if tracing is None else (tracing,)
-        return await serve_until_signal(Server(options, load_text, load_engine, *security, observers))
+        servers.append(Server(options, load_text, load_engine, *security, observers))
+        return await serve_until_signal(servers[0])
 
     try:
         return asyncio.run(main())
@@ -143,31 +148,40 @@ async def serve_until_signal(server: Server) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.drain_requested.set)
     stop = asyncio.create_task(server.drain_requested.wait())
+    broken = asyncio.create_task(server.wait_broken())
     try:
         await server.start()
-        print(f"Listening on {server.address}; loading {server.options.model_name} …", flush=True)
-        if server.control is not None:
-            print(f"ControlService on {server.control.address}", flush=True)
-        for name, listener in server.http_listeners():
-            print(f"HTTP ({name}) on {listener.url}", flush=True)
+        _say_where(server)
         loading = asyncio.create_task(server.load())
-        await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((loading, stop, broken), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             await loading
             print(f"Daemon start success! {server.options.model_name} is served on {server.address} (gRPC)", flush=True)
-            broken = asyncio.create_task(server.wait_broken())
             await asyncio.wait((stop, broken), return_when=asyncio.FIRST_COMPLETED)
-            if broken.done():
-                raise ServeError("the engine failed in several steps in a row and is given up; the log says why")
-            broken.cancel()
-            print("Draining: running requests finish, new ones are refused", flush=True)
-            await server.drain()
+            if not broken.done():
+                print("Draining: running requests finish, new ones are refused", flush=True)
+                await server.drain()
         else:
             loading.cancel()
+        failure = ServeError(server.failure) if broken.done() else None
     finally:
         stop.cancel()
+        broken.cancel()
         ended = await server.close()
-    print("Stopped", flush=True)
+    if ended and failure is not None:
+        raise failure
+    if failure is None:
+        print("Stopped", flush=True)
+    else:
+        print(f"llama31-serve: error: {failure}", file=sys.stderr, flush=True)
     if not ended:  # a thread deep in the model's code must not hold up the exit, nor turn it into a crash
-        os._exit(0)
+        os._exit(0 if failure is None else 1)
     return 0
+
+
+def _say_where(server: Server) -> None:
+    print(f"Listening on {server.address}; loading {server.options.model_name} …", flush=True)
+    if server.control is not None:
+        print(f"ControlService on {server.control.address}", flush=True)
+    for name, listener in server.http_listeners():
+        print(f"HTTP ({name}) on {listener.url}", flush=True)

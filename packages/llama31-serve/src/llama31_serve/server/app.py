@@ -84,6 +84,7 @@ class Server:
         self.holder = ModelHolder(self.lifecycle)
         self.http = self._http(security, management)
         self._broken = asyncio.Event()
+        self._lost: str | None = None
         self._loop = asyncio.get_running_loop()
         self._load_text = load_text
         self._text: TextWorker | None = None
@@ -144,9 +145,26 @@ class Server:
         self.status.start()
 
     async def wait_broken(self) -> None:
-        """Wait until the engine is given up; requests that run have failed by then and new ones are refused."""
+        """Wait until the engine is given up or gone; requests that run have failed then and new ones are refused."""
         await self._broken.wait()
         await self.lifecycle.enter(State.FAILED)
+        if self._lost is not None:
+            for request in self.requests.all():
+                request.fail(Refusal(grpc.StatusCode.UNAVAILABLE, f"{self._lost}; try another replica"))
+
+    @property
+    def failure(self) -> str:
+        """Why `wait_broken` returned."""
+        return self._lost or "the engine failed in several steps in a row and is given up; the log says why"
+
+    def lose_engine(self, problem: str) -> None:
+        """Serve no longer, as the engine is gone in whatever it does; called from any thread."""
+
+        def note() -> None:
+            self._lost = self._lost or problem
+            self._broken.set()
+
+        self._loop.call_soon_threadsafe(note)
 
     async def drain(self) -> bool:
         """Take no new requests and let those that were accepted finish; False if the time was not enough for all."""
@@ -176,7 +194,8 @@ class Server:
         await self.status.close()
         self.engine.stop()
         in_thread = self._loop.run_in_executor
-        ended = await in_thread(None, self.engine.join, LOADING_END_S if loading else STEP_END_S)
+        patience_s = 0.0 if self._lost is not None else LOADING_END_S if loading else STEP_END_S
+        ended = await in_thread(None, self.engine.join, patience_s)
         if self._detokenizer is not None:
             await in_thread(None, self._detokenizer.stop, STEP_END_S)
         if self._text is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from llama31_core import Engine
@@ -37,10 +38,13 @@ def follow(plan: EnginePlan, weights: Path, tensor_parallel: int) -> None:
     joined.follow()
 
 
-def load_leading_engine(plan: EnginePlan, weights: Path, tensor_parallel: int) -> CoreEngine:
-    """The engine of rank 0. A rank that ends takes this process with it: its clients see UNAVAILABLE."""
+def load_leading_engine(
+    plan: EnginePlan, weights: Path, tensor_parallel: int, on_lost: Callable[[str], None]
+) -> CoreEngine:
+    """The engine of rank 0. `on_lost(problem)` is called, in another thread, when a rank has ended: the engine is no
+    more, and a step that runs may never come to its end."""
     from llama31_core.inference.parallel_runner import LeadingRunner, join
 
-    joined = join(plan, ParallelConfig(tp=tensor_parallel), weights, SOURCE)
+    joined = join(plan, ParallelConfig(tp=tensor_parallel), weights, SOURCE, lambda rank: on_lost(f"{rank} has ended"))
     assert isinstance(joined, LeadingRunner)
     return CoreEngine(Engine(plan.config, joined, plan.options), joined.close)
