@@ -87,7 +87,7 @@ def test_bad_records_are_listed_with_line_and_reason_and_the_rest_is_written(tmp
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"instruction": "a", "output": "b"}, {"instruction": 1}]', "in.json:1: field 'instruction' is a int"),
+        ('[{"instruction": "a", "output": "b"}, {"instruction": 1}]', "in.json:1: field 'instruction' is a number"),
         ('[{"instruction": "a", "output": "b"},\n\n{"instruction" "a"}]', "in.json:3: not JSON: Expecting ':'"),
         ('[{"instruction": "a", "output": "b"}', "in.json:1: not JSON: ends early"),
         ("[]", "none of 0 records"),

@@ -103,7 +103,7 @@ def test_rejects_are_listed_and_counted(lab: Any) -> None:
         (3, "turn 1 is from 'user', expected 'assistant'"),
         (5, "no assistant turn after a user turn"),
         (6, "is plain text, expected a conversation; use --dataset_type wiki for text"),
-        (7, "a int, expected an object with one of the known schemas"),
+        (7, "is a number, expected an object with one of the known schemas"),
         (8, "not JSON"),
     ]
     counts = manifest.counts

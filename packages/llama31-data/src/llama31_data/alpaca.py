@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llama31_data.errors import RecordError
+from llama31_data.errors import RecordError, kind_of
 
 # https://github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
 PROMPT_WITH_INPUT = (
@@ -35,10 +35,10 @@ def prompt_and_answer(record: Mapping[str, Any]) -> tuple[str, str]:
     instruction, context, answer = record.get("instruction"), record.get("input"), record.get("output")
     if not isinstance(instruction, str) or not isinstance(answer, str):
         name = "output" if isinstance(instruction, str) else "instruction"
-        state = f"a {type(record[name]).__name__}" if name in record else "missing"
+        state = kind_of(record[name]) if name in record else "missing"
         raise RecordError(f"field {name!r} is {state}, expected text")
     if context is not None and not isinstance(context, str):
-        raise RecordError(f"field 'input' is a {type(context).__name__}, expected text")
+        raise RecordError(f"field 'input' is {kind_of(context)}, expected text")
     if context:
         return f"{_BEFORE_BOTH}{instruction}{_BETWEEN}{context}{_AFTER}", answer
     return f"{_BEFORE_ALONE}{instruction}{_AFTER_ALONE}", answer

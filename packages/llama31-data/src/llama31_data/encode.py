@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from llama31_data.chunks import Chunk
-from llama31_data.errors import DataError, RecordError
+from llama31_data.errors import DataError, RecordError, kind_of
 from llama31_data.samples import Encoded, Samples, fit_samples, join_samples
 from llama31_data.schemas import checked_schema, to_dialog
 from llama31_data.templates import HeaderTemplate, load_template
@@ -124,7 +124,7 @@ class Encoder:
                 raise RecordError(f"looks like schema {schema!r}, expected 'text'; use --dataset_type qa")
             text = record["text"]
             if not isinstance(text, str):
-                raise RecordError(f"field 'text' is a {type(text).__name__}, expected text")
+                raise RecordError(f"field 'text' is {kind_of(text)}, expected text")
         if not text:
             raise RecordError("text is empty")
         return text

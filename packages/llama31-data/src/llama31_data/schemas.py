@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama31_data.alpaca import prompt_and_answer
-from llama31_data.errors import RecordError
+from llama31_data.errors import RecordError, kind_of
 
 SCHEMAS = ("alpaca", "sharegpt", "messages", "text")
 _KEY_OF_SCHEMA = {"alpaca": "instruction", "sharegpt": "conversations", "messages": "messages", "text": "text"}
@@ -36,7 +36,7 @@ def schema_of(record: object) -> str:
         RecordError: it has none of the known ones; the message lists its keys.
     """
     if not isinstance(record, dict):
-        raise RecordError(f"a {type(record).__name__}, expected an object with one of the known schemas")
+        raise RecordError(f"is {kind_of(record)}, expected an object with one of the known schemas")
     for schema, key in _KEY_OF_SCHEMA.items():
         if key in record:
             return schema
@@ -81,17 +81,17 @@ def to_dialog(record: Mapping[str, Any], schema: str) -> Dialog:
 
 def _turns(value: object, field: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise RecordError(f"field {field!r} is a {type(value).__name__}, expected a list of turns")
+        raise RecordError(f"field {field!r} is {kind_of(value)}, expected a list of turns")
     turns = []
     for number, turn in enumerate(value):
         where = f"{field}[{number}]"
         if not isinstance(turn, Mapping):
-            raise RecordError(f"{where} is a {type(turn).__name__}, expected an object")
+            raise RecordError(f"{where} is {kind_of(turn)}, expected an object")
         role, text = turn.get(role_key), turn.get(text_key)
         if not isinstance(role, str) or role not in roles:
             raise RecordError(f"{where}.{role_key} is {role!r}, expected one of {', '.join(roles)}")
         if not isinstance(text, str):
-            raise RecordError(f"{where}.{text_key} is a {type(text).__name__}, expected text")
+            raise RecordError(f"{where}.{text_key} is {kind_of(text)}, expected text")
         turns.append({"role": roles[role], "content": text})
     return turns
 
