@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from llama31_core.checkpoint import save_weights
+from llama31_core.checkpoint.names import fused_name
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError, ConfigError
 from llama31_core.inference.batch import ForwardInput
@@ -49,6 +50,25 @@ def model(tmp_path: Path, random_weights: Callable[..., Values]) -> tuple[Path, 
 
 def test_a_rank_reads_its_slices_alone(model: tuple[Path, ModelConfig, Values]) -> None:
     directory, config, values = model
+    for rank in range(PARALLEL.world_size):
+        shards = plan_shards(config, PARALLEL, rank)
+        taken = Taken(list(shards))
+        num_bytes = load_slices(cast(Any, taken), directory, shards, rank)
+        assert num_bytes == sum(4 * prod(shard.shape) for shard in shards.values())
+        for name, shard in shards.items():
+            np.testing.assert_array_equal(taken.values[name], values[name][shard.slices])
+
+
+def test_of_stacked_weights_too(model: tuple[Path, ModelConfig, Values]) -> None:
+    """MindFormers' qkv_concat form: w_qkv, and w_gate_hidden."""
+    whole, config, values = model
+    directory = whole / "stacked"
+    directory.mkdir()
+    stored: dict[str, list[npt.NDArray[np.float32]]] = {}
+    for name, value in values.items():
+        stored.setdefault(fused_name(name), []).append(value)
+    assert len(stored) < len(values)
+    save_weights(directory, ((name, np.concatenate(parts)) for name, parts in stored.items()))
     for rank in range(PARALLEL.world_size):
         shards = plan_shards(config, PARALLEL, rank)
         taken = Taken(list(shards))

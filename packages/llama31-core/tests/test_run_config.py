@@ -224,6 +224,15 @@ def test_the_key_sets_of_mindformers_four_files_load(
     assert run.model_section.architecture("run.yaml").ffn_dim == preset.ffn_dim
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_qkv_concat_is_a_matter_of_the_checkpoint(value: bool, write: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write.write_text(MINIMAL + f"model: {{model_config: {{seq_length: 32, qkv_concat: {value}}}}}")
+    with caplog.at_level(logging.WARNING):
+        load_run_config(write)
+    [record] = caplog.records
+    assert "model.model_config.qkv_concat (a checkpoint's own names say which" in record.getMessage()
+
+
 def test_a_file_that_says_plain_rotary_embedding_is_told_that_the_checkpoint_decides(
     write: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -40,6 +40,7 @@ _ANY_RUN = {
     "model.model_config.rotary_dtype": _FLOAT32,
     "model.model_config.embedding_init_type": "param_init_type decides",
     "model.model_config.fine_grain_interleave": _PIPELINE,
+    "model.model_config.qkv_concat": "a checkpoint's own names say which weights are stacked",
     "eval_dataset_task": "it repeats eval_dataset",
     "eval_callbacks": "it was a cloud platform's",
     "metric": "an evaluation gives loss and perplexity",
