@@ -238,6 +238,7 @@ class Trainer:
         num_tokens = sum(batch.tokens.size for batch in batches) // share
         own_labels = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
         num_pairs = sum(int((batch.positions + 1).sum()) for batch in batches)
+        flops = self._flops.count(num_tokens, own_labels / share, num_pairs / share)
         return StepReport(
             epoch=index // self._plan.steps_per_epoch + 1,
             step=index + 1,
@@ -248,7 +249,7 @@ class Trainer:
             step_time_s=elapsed_s,
             num_tokens=num_tokens,
             num_label_tokens=result.num_label_tokens,
-            flops=self._flops.count(num_tokens, own_labels / share, num_pairs / share),
+            flops=flops if result.num_label_tokens else 0.0,  # a step without labels computes nothing
             peak_flops_per_s=peak,
             memory_bytes=peak_memory_bytes(),
             eta_s=self._pace.eta_s(elapsed_s, self.num_steps - index - 1),
