@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llama31_data.errors import DataError
+from llama31_data.errors import DataError, ResumableError
 from llama31_data.layouts import Block
 from llama31_data.mindrecord_file import check_name, write_set
 
@@ -75,3 +76,10 @@ def test_files_are_as_readable_as_the_umask_lets_them_be(tmp_path: Path) -> None
 def test_names_that_mindrecord_refuses_are_refused_first(name: str) -> None:
     with pytest.raises(DataError, match=r"--output_file .*: MindRecord does not take a file name with"):
         check_name(Path("/tmp") / name)
+
+
+def test_without_mindspore_there_is_one_error_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mindspore.mindrecord", None)  # what an import then raises: ModuleNotFoundError
+    with pytest.raises(ResumableError, match=r"MindRecord is written with MindSpore .*; install it, run again"):
+        write_set(tmp_path / "x.mindrecord", COLUMNS, blocks(1, 1), width=17)
+    assert list(tmp_path.iterdir()) == []

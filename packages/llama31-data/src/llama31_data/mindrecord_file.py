@@ -68,9 +68,14 @@ def write_set(
         width: of the longest record, in tokens.
 
     Raises:
-        DataError: MindSpore could not write, for instance for want of disk space.
+        DataError: MindSpore is missing, or could not write, for instance for want of disk space.
     """
-    from mindspore.mindrecord import FileWriter
+    try:
+        from mindspore.mindrecord import FileWriter
+    except ImportError as error:
+        raise ResumableError(
+            f"{path}: MindRecord is written with MindSpore ({error}); install it, run again"
+        ) from error
 
     files = set_files(path, num_files)
     for file in files:
