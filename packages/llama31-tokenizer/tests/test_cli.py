@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llama31_tokenizer import ChatFormat, Tokenizer
-from llama31_tokenizer.cli import main
+from llama31_tokenizer.cli import _batches, main
 from llama31_tokenizer.llama3 import GENUINE_SHA256
 
 
@@ -122,6 +122,13 @@ def test_errors_are_one_line(
     assert err.startswith("llama31-tokenizer: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_many_short_lines_are_one_batch_for_threads_and_long_texts_are_not() -> None:
+    lines = [("f", "a line of text")] * 40_000
+    assert [len(batch) for batch in _batches(iter(lines))] == [16_384, 16_384, 7_232]
+    texts = [("f", "x" * 1_500_000)] * 5
+    assert [len(batch) for batch in _batches(iter(texts))] == [2, 2, 1]
 
 
 def test_usage_errors_and_debug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

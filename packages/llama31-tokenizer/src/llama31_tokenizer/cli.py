@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -20,7 +19,8 @@ from llama31_tokenizer.errors import TokenizerError
 from llama31_tokenizer.fast_engine import Engine
 from llama31_tokenizer.tokenizer import Tokenizer
 
-_BATCH_TEXTS = 512
+_BATCH_TEXTS = 16_384
+_BATCH_CHARS = 1 << 21  # enough for threads to share
 MODEL_VARIABLE = "LLAMA31_TOKENIZER"
 
 
@@ -235,7 +235,15 @@ def _parse_json(text: str, source: str) -> Any:
 
 
 def _batches(texts: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    while batch := list(islice(texts, _BATCH_TEXTS)):
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for source, text in texts:
+        batch.append((source, text))
+        size += len(text)
+        if size >= _BATCH_CHARS or len(batch) == _BATCH_TEXTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
 
 
