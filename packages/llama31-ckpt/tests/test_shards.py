@@ -271,7 +271,7 @@ def test_ranks_that_do_not_fit_together(
     ("arguments", "message"),
     [
         (["--tp", "3"], "tp=3 does not fit n_heads=8"),
-        (["--pp", "5"], "has 4; every stage needs one"),
+        (["--pp", "5"], "has 4 layers; every stage needs one"),
         (["--dp", "0"], "dp: Input should be greater than or equal to 1"),
         (["--offset", "x"], "--offset is 'x'"),
         (["--dst_strategy", "nowhere", "--tp", "2"], "leave --dp"),

@@ -142,7 +142,7 @@ def test_stages_follow_the_offset() -> None:
     [
         (ParallelConfig(tp=3), r"tp=3 does not fit n_heads=8.*nearest that do are \[1, 2, 4\]"),
         (ParallelConfig(tp=16), r"tp=16 does not fit"),
-        (ParallelConfig(pp=6), r"every stage needs one"),
+        (ParallelConfig(pp=6), r"pp=6 x interleave=1 makes 6 parts, the model has \d layers; every stage needs one"),
         (ParallelConfig(pp=2, offset=(0, 0)), r"offset must sum up to 1"),
     ],
 )

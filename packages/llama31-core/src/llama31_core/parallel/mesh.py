@@ -111,10 +111,13 @@ class ParallelConfig(BaseModel):
         if sum(sizes) != config.n_layers or min(sizes) < 1:
             fitting = range(1, config.n_layers // self.interleave + 1)
             near = sorted(sorted(fitting, key=lambda pp: abs(pp - self.pp))[:3])
+            parts = f"makes {self.num_parts} parts"
+            if self.offset:
+                parts = f"with offset {list(offset)} makes parts of {sizes} layers"
+            rest = f", and offset must sum up to {remainder}" if self.offset else ""
             raise ConfigError(
-                f"pp={self.pp} x interleave={self.interleave} with offset {list(offset)} makes parts of {sizes} "
-                f"layers, the model has {config.n_layers}; every stage needs one, and offset must sum up to "
-                f"{remainder}; the nearest pp that fit without an offset are {near}"
+                f"pp={self.pp} x interleave={self.interleave} {parts}, the model has {config.n_layers} layers; every "
+                f"stage needs one{rest}; the nearest pp that fit without an offset are {near}"
             )
         return [range(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
 
