@@ -27,6 +27,8 @@ _LIBC = ctypes.CDLL(None)
 def environments(count: int, port: int) -> list[dict[str, str]]:
     """What msrun adds to the environment of each rank; the last one is the scheduler's."""
     shared = {"MS_WORKER_NUM": str(count), "MS_SCHED_HOST": HOST, "MS_SCHED_PORT": str(port), "MS_TOPO_TIMEOUT": "600"}
+    if "GLOG_v" not in os.environ:
+        shared["GLOG_v"] = "3"  # MindSpore's errors alone: all ranks write to one terminal
     ranks = [
         {**shared, "MS_ROLE": "MS_WORKER", "MS_NODE_ID": name, "RANK_ID": name, "DEVICE_ID": name, "RANK_SIZE": total}
         for total in [str(count)]
