@@ -17,14 +17,18 @@ LAUNCHER = Path(__file__).resolve().parents[1] / "tools" / "msrun_launcher.sh"
 TIMEOUT_S = 120
 # What a rank does is said by its first argument. Ranks but no MindSpore: what is tested is the launching.
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 rank, role = os.environ.get("RANK_ID"), os.environ["MS_ROLE"]
 print("rank", rank, "of", os.environ["MS_WORKER_NUM"], sys.argv[1:], flush=True)
 if role == "MS_WORKER" and rank == "1" and sys.argv[1] == "raise":
     raise ValueError("the second rank's own error")
 if role == "MS_WORKER" and rank == "1" and sys.argv[1] == "killed":
     os.kill(os.getpid(), 9)
-if sys.argv[1] != "end":
+if sys.argv[1] == "stop" and role == "MS_WORKER":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("checkpoint written", flush=True)))
+    print("ready", flush=True)
+    time.sleep(300)
+if sys.argv[1] not in ("end", "stop"):
     time.sleep(300)
 """
 SUM_PROGRAM = """
@@ -188,11 +192,33 @@ def test_an_interruption_ends_all_ranks(work_dir: Path) -> None:
     assert processes_in(work_dir) == []
 
 
-def wait_for_logs(work_dir: Path) -> None:
+def test_sigterm_lets_ranks_end_by_themselves(work_dir: Path) -> None:
+    with start(work_dir, "program.py stop", "2", str(free_port()), "logs", "True", "60") as job:
+        wait_for_logs(work_dir, "ready")
+        job.send_signal(signal.SIGTERM)
+        _, errors = job.communicate(timeout=TIMEOUT_S)
+    assert job.returncode == 0, errors
+    assert "after SIGTERM all ranks of this node have ended by themselves" in errors
+    for rank in range(2):
+        assert "checkpoint written" in (work_dir / "logs" / f"worker_{rank}.log").read_text()
+    assert processes_in(work_dir) == []
+
+
+def test_sigterm_ends_ranks_that_take_it_for_their_end(work_dir: Path) -> None:
+    with start(work_dir, "program.py sleep", "2", str(free_port()), "logs", "True", "60") as job:
+        wait_for_logs(work_dir)
+        job.send_signal(signal.SIGTERM)
+        _, errors = job.communicate(timeout=TIMEOUT_S)
+    assert job.returncode == 130
+    assert "interrupted; all ranks of this node are ended" in errors
+    assert processes_in(work_dir) == []
+
+
+def wait_for_logs(work_dir: Path, word: str = "rank") -> None:
     """Until both ranks of a job have said something."""
     deadline = time.monotonic() + TIMEOUT_S
     logs = [work_dir / "logs" / f"worker_{rank}.log" for rank in range(2)]
-    while not all(log.is_file() and log.read_text() for log in logs) and time.monotonic() < deadline:
+    while not all(log.is_file() and word in log.read_text() for log in logs) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

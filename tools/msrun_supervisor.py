@@ -28,6 +28,7 @@ LAUNCHER_LOG = "launcher.log"
 _MSRUN = "mindspore.parallel.cluster.run"  # the module of the command msrun
 _POLL_S = 0.2
 _GRACE_S = 3.0
+_STOP_S = 300.0  # for what a rank writes after SIGTERM; what sent it may be less patient
 _LOG_TAIL_LINES = 5
 _WATCHER_GONE = 0  # in place of an exit code
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -125,11 +126,15 @@ def msrun_command(arguments: argparse.Namespace) -> list[str]:
 
 
 def watch(command: list[str], log_dir: Path, node_rank: int) -> int:
-    """Run msrun to its end, or to that of the first rank that fails; 0, 1, or 130 after an interruption."""
-    interrupted: list[int] = []
+    """Run msrun to its end, or to that of the first rank that fails; 0, 1, or 130 after an interruption.
+
+    SIGTERM is handed to the ranks alone, so that a training job writes its checkpoint and ends with 0; a second signal,
+    or a rank that takes it for its end, ends the rest.
+    """
+    signals: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        interrupted.append(number)
+        signals.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, note)
@@ -144,15 +149,26 @@ def watch(command: list[str], log_dir: Path, node_rank: int) -> int:
     )
     failure = log_dir / FAILURE_NAME
     processes: set[int] = set()
-    while job.poll() is None and not interrupted and not failure.exists():
+    asked_at = 0.0
+    while job.poll() is None and not failure.exists():
+        if signals == [signal.SIGTERM]:
+            if not asked_at:
+                asked_at = time.monotonic()
+                _terminate_programs(log_dir, node_rank)
+            elif time.monotonic() - asked_at > _STOP_S:
+                break
+        elif signals:
+            break
         processes |= _descendants(job.pid)
         for lost in lost_watchers(log_dir, node_rank):
             _note_failure(log_dir, lost, _WATCHER_GONE)
         time.sleep(_POLL_S)
     if job.poll() == 0 and not failure.exists():
+        if signals:
+            print("msrun_launcher.sh: after SIGTERM all ranks of this node have ended by themselves", file=sys.stderr)
         return 0
     _end(job, processes | _descendants(job.pid))
-    if interrupted:
+    if signals:
         print("msrun_launcher.sh: interrupted; all ranks of this node are ended", file=sys.stderr)
         return 130
     print(f"msrun_launcher.sh: error: {describe_failure(log_dir)}", file=sys.stderr)
@@ -161,15 +177,26 @@ def watch(command: list[str], log_dir: Path, node_rank: int) -> int:
 
 def lost_watchers(log_dir: Path, node_rank: int) -> list[str]:
     """The ranks whose `rank` process is gone without having taken its note away."""
-    lost = []
+    return [name for name, pid, note in _watchers(log_dir, node_rank) if not _is_running(pid) and note.exists()]
+
+
+def _watchers(log_dir: Path, node_rank: int) -> list[tuple[str, int, Path]]:
+    """Of each rank its name, its `rank` process and the note of that."""
+    found = []
     for note in log_dir.glob(RUNNING_NAME.format(node_rank, "*")):
         try:
             name, pid = note.read_text().splitlines()
         except (OSError, ValueError):
             continue  # it has just ended, or just begins
-        if not _is_running(int(pid)) and note.exists():
-            lost.append(name)
-    return lost
+        found.append((name, int(pid), note))
+    return found
+
+
+def _terminate_programs(log_dir: Path, node_rank: int) -> None:
+    """Send SIGTERM to the program of each rank; the scheduler goes when the ranks have gone."""
+    for name, watcher, _ in _watchers(log_dir, node_rank):
+        if name != "the scheduler":
+            _signal_all(_children(watcher), signal.SIGTERM)
 
 
 def describe_failure(log_dir: Path) -> str:
@@ -197,11 +224,7 @@ def _signal_with_parent(number: signal.Signals) -> None:
 def _end(job: subprocess.Popen[bytes], processes: set[int]) -> None:
     """End msrun and all it started: politely, then at once."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in processes | {job.pid}:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        _signal_all(processes | {job.pid}, number)
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline and any(_is_running(pid) for pid in processes):
             job.poll()
@@ -212,15 +235,26 @@ def _end(job: subprocess.Popen[bytes], processes: set[int]) -> None:
     job.wait()
 
 
+def _signal_all(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def _children(pid: int) -> set[int]:
+    try:
+        return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except OSError:
+        return set()
+
+
 def _descendants(pid: int) -> set[int]:
     """Processes that a process has started, and those that they have."""
-    found: set[int] = set()
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return found
-    for child in map(int, children):
-        found |= {child} | _descendants(child)
+    found = _children(pid)
+    for child in tuple(found):
+        found |= _descendants(child)
     return found
 
 
