@@ -1,4 +1,5 @@
-"""A model over three processes behind one server; a rank that is killed ends the server, and its clients are told."""
+"""A model over three processes behind one server: a rank that is killed ends the server, its clients are told, and
+under `llama31-serve replicas` all come back."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from llama31_serve import Client, UnavailableError
 
@@ -73,3 +77,46 @@ def test_three_ranks_answer_as_one_and_end_together(
         with pytest.raises(UnavailableError):
             client.chat(QUESTION, temperature=0)
     assert launcher.returncode != 0
+
+
+@pytest.mark.slow
+def test_a_killed_rank_comes_back_with_all_others(smollm2_dir: Path, tmp_path: Path) -> None:
+    port = free_port()
+    flags = ["--model", str(smollm2_dir), "--tensor_parallel", str(RANKS), "--max_seq_len", "256", "--port", str(port)]
+    command = [sys.executable, "-m", "llama31_serve", "replicas", "--count", "1", "--", *flags]
+    seen: list[int] = []
+
+    def watch() -> None:
+        """Every state of health, until the server is gone."""
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            try:
+                for answer in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+                    seen.append(answer.status)
+            except grpc.RpcError:
+                return
+
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as replicas:
+        try:
+            with Client(f"127.0.0.1:{port}", timeout_s=300, max_attempts=1) as client:
+                client.wait_until_serving(400)
+                assert client.chat(QUESTION, temperature=0).text == "The capital of France is Paris."
+                watching = threading.Thread(target=watch)
+                watching.start()
+                with client.generate_stream("Once", max_tokens=200, ignore_eos=True) as stream:
+                    next(stream)
+                    os.kill(rank_process(RANKS - 1, tmp_path), signal.SIGKILL)
+                    with pytest.raises(UnavailableError, match="rank 2 has ended"):
+                        for _ in stream:
+                            pass
+                watching.join(30)
+                serving, not_serving = (
+                    health_pb2.HealthCheckResponse.SERVING,
+                    health_pb2.HealthCheckResponse.NOT_SERVING,
+                )
+                assert seen == [serving, not_serving]
+                client.wait_until_serving(400)
+                assert client.chat(QUESTION, temperature=0).text == "The capital of France is Paris."
+            replicas.terminate()
+            assert replicas.wait(60) == 0
+        finally:
+            replicas.terminate()
