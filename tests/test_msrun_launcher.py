@@ -182,10 +182,11 @@ def test_in_the_background_the_end_is_in_the_launcher_s_log(work_dir: Path) -> N
     assert processes_in(work_dir) == []
 
 
-def test_an_interruption_ends_all_ranks(work_dir: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_ranks_that_do_not_handle_it(number: signal.Signals, work_dir: Path) -> None:
     with start(work_dir, "program.py sleep", "2", str(free_port()), "logs", "True", "60") as job:
         wait_for_logs(work_dir)
-        job.send_signal(signal.SIGINT)
+        job.send_signal(number)
         _, errors = job.communicate(timeout=TIMEOUT_S)
     assert job.returncode == 130
     assert "interrupted; all ranks of this node are ended" in errors
@@ -201,16 +202,6 @@ def test_sigterm_lets_ranks_end_by_themselves(work_dir: Path) -> None:
     assert "after SIGTERM all ranks of this node have ended by themselves" in errors
     for rank in range(2):
         assert "checkpoint written" in (work_dir / "logs" / f"worker_{rank}.log").read_text()
-    assert processes_in(work_dir) == []
-
-
-def test_sigterm_ends_ranks_that_take_it_for_their_end(work_dir: Path) -> None:
-    with start(work_dir, "program.py sleep", "2", str(free_port()), "logs", "True", "60") as job:
-        wait_for_logs(work_dir)
-        job.send_signal(signal.SIGTERM)
-        _, errors = job.communicate(timeout=TIMEOUT_S)
-    assert job.returncode == 130
-    assert "interrupted; all ranks of this node are ended" in errors
     assert processes_in(work_dir) == []
 
 

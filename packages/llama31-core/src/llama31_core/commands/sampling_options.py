@@ -64,6 +64,7 @@ OPTIONS = {
     "bad_words_ids": _Option(_words, "ID,…;…", "sequences of ids that are never completed"),
     "stop_token_ids": _Option(_ids, "ID,…", "ids that end the answer, beside the model's own"),
     "ignore_eos": _Option(_bool, "True|False", "the model's own end does not end the answer"),
+    "use_prefix_cache": _Option(_bool, "True|False", "share what prompts begin with alike"),
     "seed": _Option(_optional(int), "N", "makes sampling repeatable"),
     "n": _Option(int, "N", "answers to each prompt"),
     "logprobs": _Option(_optional(int), "N", "report log-probabilities of each token and the n likeliest ones"),

@@ -48,6 +48,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"]
 FMAAS_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 CONTROL_SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"]
 LOADING_END_S, STEP_END_S = 2.0, 30.0
+LOST_END_S = 1.0  # a step that waits for a lost rank does not end
 
 
 class Server:
@@ -194,7 +195,7 @@ class Server:
         await self.status.close()
         self.engine.stop()
         in_thread = self._loop.run_in_executor
-        patience_s = 0.0 if self._lost is not None else LOADING_END_S if loading else STEP_END_S
+        patience_s = LOST_END_S if self._lost is not None else LOADING_END_S if loading else STEP_END_S
         ended = await in_thread(None, self.engine.join, patience_s)
         if self._detokenizer is not None:
             await in_thread(None, self._detokenizer.stop, STEP_END_S)
