@@ -108,8 +108,9 @@ async def test_a_lost_rank_fails_requests_and_health(serve: Serve) -> None:
         async with grpc.aio.insecure_channel(server.address) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-            streams = [running.client.generate_stream("ab", max_tokens=4000) for _ in range(2)]  # one runs, one waits
+            streams = [running.client.generate_stream("ab", max_tokens=4000)]
             await anext(streams[0])
+            streams.append(running.client.generate_stream("ab", max_tokens=4000))  # which waits
             await running.until(lambda: server.admission.num_held == 2)
             threading.Thread(target=server.lose_engine, args=("rank 2 has ended",)).start()
             await server.wait_broken()
