@@ -48,8 +48,8 @@ def model(tmp_path: Path, random_weights: Callable[..., Values]) -> tuple[Path, 
     return tmp_path, config, values
 
 
-def test_a_rank_reads_its_slices_alone(model: tuple[Path, ModelConfig, Values]) -> None:
-    directory, config, values = model
+def check_slices(directory: Path, config: ModelConfig, values: Values) -> None:
+    """Every rank takes its parts of the values, and reads no other bytes."""
     for rank in range(PARALLEL.world_size):
         shards = plan_shards(config, PARALLEL, rank)
         taken = Taken(list(shards))
@@ -57,6 +57,10 @@ def test_a_rank_reads_its_slices_alone(model: tuple[Path, ModelConfig, Values]) 
         assert num_bytes == sum(4 * prod(shard.shape) for shard in shards.values())
         for name, shard in shards.items():
             np.testing.assert_array_equal(taken.values[name], values[name][shard.slices])
+
+
+def test_a_rank_reads_its_slices_alone(model: tuple[Path, ModelConfig, Values]) -> None:
+    check_slices(*model)
 
 
 def test_of_stacked_weights_too(model: tuple[Path, ModelConfig, Values]) -> None:
@@ -69,13 +73,7 @@ def test_of_stacked_weights_too(model: tuple[Path, ModelConfig, Values]) -> None
         stored.setdefault(fused_name(name), []).append(value)
     assert len(stored) < len(values)
     save_weights(directory, ((name, np.concatenate(parts)) for name, parts in stored.items()))
-    for rank in range(PARALLEL.world_size):
-        shards = plan_shards(config, PARALLEL, rank)
-        taken = Taken(list(shards))
-        num_bytes = load_slices(cast(Any, taken), directory, shards, rank)
-        assert num_bytes == sum(4 * prod(shard.shape) for shard in shards.values())
-        for name, shard in shards.items():
-            np.testing.assert_array_equal(taken.values[name], values[name][shard.slices])
+    check_slices(directory, config, values)
 
 
 def test_another_architecture_is_refused(model: tuple[Path, ModelConfig, Values]) -> None:

@@ -137,13 +137,14 @@ def load_parameters(llama: Llama, path: Path, config: ModelConfig) -> None:
                 set_value(parameter, weights.read(name))
 
 
-def native_kernels_here() -> bool:
-    """Whether the native kernels can run on this machine; if not, a warning says why."""
+def native_kernels_here(*, warns: bool = True) -> bool:
+    """Whether the native kernels can run on this machine; if not, a warning says why, unless another has said it."""
     if ms.get_context("device_target") != "CPU":
         return False
     try:
         load_library()
     except NativeKernelsError as error:
-        _LOG.warning("%s; the portable kernels serve instead, at a fraction of the speed", error)
+        if warns:
+            _LOG.warning("%s; the portable kernels serve instead, at a fraction of the speed", error)
         return False
     return True

@@ -11,21 +11,9 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from llama31_core.kernels.native.library import NativeKernelsError, load_library
 from llama31_core.kernels.native.operator import native_operator
 from llama31_core.model import Llama
 from llama31_core.model.norm import RMSNorm
-
-
-def has_kernels() -> bool:
-    """Whether the native kernels can run on this machine; if not, `attention_core` warns and says why."""
-    if ms.get_context("device_target") != "CPU":
-        return False
-    try:
-        load_library()
-    except NativeKernelsError:
-        return False
-    return True
 
 
 def fuse_rows(template: Llama) -> None:

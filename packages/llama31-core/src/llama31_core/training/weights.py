@@ -17,10 +17,11 @@ from mindspore.nn.utils import no_init_parameters
 
 from llama31_core import kernels
 from llama31_core.config import ModelConfig
+from llama31_core.inference.runner import native_kernels_here
 from llama31_core.model import Llama
 from llama31_core.model.attention import AttentionCore
 from llama31_core.model.layers import Layers
-from llama31_core.training.native_rows import fuse_rows, has_kernels
+from llama31_core.training.native_rows import fuse_rows
 
 _FIRST = "model.layers.0."
 
@@ -50,7 +51,7 @@ class TrainedWeights:
         is_cpu = ms.get_context("device_target") == "CPU"
         with no_init_parameters(), kernels.use("products") if is_cpu else nullcontext():
             self.template = Llama(config.model_copy(update={"n_layers": 1}), core, layers)
-        self.has_native_rows = has_kernels()
+        self.has_native_rows = native_kernels_here(warns=False)  # the attention has said why not
         if self.has_native_rows:
             fuse_rows(self.template)
         self.block: nn.Cell = self.template.model.layers[0]
