@@ -86,8 +86,8 @@ def _is_bad(message: Any) -> bool:
 async def browser(url: str) -> AsyncIterator[Browser]:
     """A tab that shows a page."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run")
-        flags = (*flags, "--disable-quic", "--disable-background-networking")  # it is to speak to the server alone
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run"]
+        flags += ["--disable-quic", "--disable-background-networking"]  # it is to speak to the server alone
         nothing = asyncio.subprocess.DEVNULL
         process = await asyncio.create_subprocess_exec(
             str(CHROMIUM), *flags, f"--user-data-dir={profile}", "about:blank", stdout=nothing, stderr=nothing
