@@ -17,7 +17,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from llama31_serve import UnavailableError, rank_group
-from llama31_serve.commands.replicas import _ranks_in
 from llama31_serve.server.echo_engine import EchoEngine
 from llama31_serve.supervisor import start_command
 
@@ -88,14 +87,7 @@ def test_a_group_that_is_killed_leaves_no_ranks(tmp_path: Path) -> None:
     raise AssertionError(pids)
 
 
-def test_ranks_of_a_replica(tmp_path: Path) -> None:
-    assert _ranks_in(["--model", "m"]) == 1
-    assert _ranks_in(["--model", "m", "--tensor_parallel", "3"]) == 3
-    config = tmp_path / "config.json"
-    config.write_text('{"BackendConfig": {"ModelDeployConfig": {"ModelConfig": [{"worldSize": 2}]}}}')
-    assert _ranks_in(["--config", str(config)]) == 2
-    config.write_text("{}")
-    assert _ranks_in(["--config", str(config)]) == 1
+def test_command_of_a_replica() -> None:
     assert start_command(["--model", "m"], 1, 3)[1:] == [
         "-m", "llama31_serve.rank_group", "3", "--model", "m", "--replica", "1",
     ]  # fmt: skip

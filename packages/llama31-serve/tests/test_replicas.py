@@ -16,6 +16,8 @@ import pytest
 
 from llama31_serve import Client
 from llama31_serve.cli import build_parser, main
+from llama31_serve.commands.replicas import plan_processes
+from llama31_serve.errors import StartError
 from llama31_serve.server.start_settings import read_settings
 from llama31_serve.supervisor import Supervisor, start_command
 
@@ -117,10 +119,26 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     for argv, message in (
         (["replicas", "--", "--model", "m"], "how many? give --count"),
         (["replicas", "--count", "0", "--", "--model", "m"], "--count is 0"),
-        (["replicas", "--", "--config", str(tmp_path / "none")], "BackendConfig.modelInstanceNumber cannot be read"),
+        (["replicas", "--count", "1", "--", "--model", "m", "--tensor_parallel", "0"], "--tensor_parallel is 0"),
+        (["replicas", "--", "--config", str(tmp_path / "none")], "modelInstanceNumber and ModelDeployConfig"),
     ):
         assert main(argv) == 1
         assert message in capsys.readouterr().err
+
+
+def test_numbers_of_processes(tmp_path: Path) -> None:
+    assert plan_processes(2, ["--model", "m"]) == (2, 1)
+    assert plan_processes(2, ["--model", "m", "--tensor_parallel", "3"]) == (2, 3)
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"BackendConfig": {"modelInstanceNumber": 4, "ModelDeployConfig": {"ModelConfig": [{"worldSize": 2}]}}}'
+    )
+    assert plan_processes(None, [f"--config={config}"]) == (4, 2)
+    assert plan_processes(1, ["--tensor_parallel", "3", "--config", str(config)]) == (1, 3)
+    assert plan_processes(1, ["--config", str(config)]) == (1, 2)
+    config.write_text('{"BackendConfig": {"ModelDeployConfig": {"ModelConfig": [{"worldSize": "2"}]}}}')
+    with pytest.raises(StartError, match="worldSize is '2', expected a number"):
+        plan_processes(1, ["--config", str(config)])
 
 
 def test_ports_are_raised(tmp_path: Path) -> None:

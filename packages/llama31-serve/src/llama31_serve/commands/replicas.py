@@ -28,10 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Start them and look after them until SIGTERM or SIGINT; the exit code."""
     flags = arguments.start_flags[1:] if arguments.start_flags[:1] == ["--"] else arguments.start_flags
-    count = _count_in(flags) if arguments.count is None else arguments.count
-    if count < 1:
-        raise StartError(f"--count is {count}, allowed are numbers from 1 up")
-    num_ranks = _ranks_in(flags)
+    count, num_ranks = plan_processes(arguments.count, flags)
     commands = [start_command(flags, replica, num_ranks) for replica in range(count)]
     supervisor = Supervisor(commands, functools.partial(print, flush=True))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -39,30 +36,40 @@ def run(arguments: argparse.Namespace) -> int:
     return supervisor.run()
 
 
-def _ranks_in(flags: list[str]) -> int:
-    """Processes of each replica: --tensor_parallel, or worldSize of the --config."""
+def plan_processes(count: int | None, flags: list[str]) -> tuple[int, int]:
+    """How many replicas, and of how many ranks each: what the flags say, else the --config among them.
+
+    Raises:
+        StartError: nothing says how many, a number below 1, or a file that cannot be read. What else is wrong with
+            the file, `start` says.
+    """
     parser = argparse.ArgumentParser(prog="llama31-serve start")
     start.add_arguments(parser)
     asked = parser.parse_args(flags)
-    if asked.tensor_parallel is not None or asked.config is None:
-        return asked.tensor_parallel or 1
-    try:
-        [model] = json.loads(asked.config.read_text("utf-8"))["BackendConfig"]["ModelDeployConfig"]["ModelConfig"]
-        return int(model.get("worldSize", 1))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return 1  # `start` says what is wrong with the file
+    num_ranks: int | None = asked.tensor_parallel
+    if asked.config is not None and (count is None or num_ranks is None):
+        count_in_file, ranks_in_file = _numbers_in(asked.config)
+        count = count_in_file if count is None else count
+        num_ranks = ranks_in_file if num_ranks is None else num_ranks
+    if count is None:
+        raise StartError("how many? give --count, or a --config with BackendConfig.modelInstanceNumber")
+    num_ranks = 1 if num_ranks is None else num_ranks
+    for flag, number in (("--count", count), ("--tensor_parallel", num_ranks)):
+        if number < 1:
+            raise StartError(f"{flag} is {number}, allowed are numbers from 1 up")
+    return count, num_ranks
 
 
-def _count_in(flags: list[str]) -> int:
+def _numbers_in(path: Path) -> tuple[int, int]:
+    """`modelInstanceNumber` and `worldSize` of MindIE's file."""
     try:
-        path = Path(flags[flags.index("--config") + 1])
-    except (ValueError, IndexError):
-        raise StartError("how many? give --count, or a --config with BackendConfig.modelInstanceNumber") from None
-    try:
-        config: Any = json.loads(path.read_text("utf-8"))
-        count = config["BackendConfig"].get("modelInstanceNumber", 1)
+        backend: Any = json.loads(path.read_text("utf-8"))["BackendConfig"]
+        [model] = backend["ModelDeployConfig"]["ModelConfig"]
+        numbers = backend.get("modelInstanceNumber", 1), model.get("worldSize", 1)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise StartError(f"--config {path}: BackendConfig.modelInstanceNumber cannot be read ({error})") from error
-    if not isinstance(count, int):
-        raise StartError(f"--config {path}: BackendConfig.modelInstanceNumber is {count!r}, expected a number")
-    return count
+        where = "BackendConfig.modelInstanceNumber and ModelDeployConfig.ModelConfig[0].worldSize"
+        raise StartError(f"--config {path}: {where} cannot be read ({type(error).__name__}: {error})") from error
+    for name, number in zip(("modelInstanceNumber", "worldSize"), numbers, strict=True):
+        if type(number) is not int:
+            raise StartError(f"--config {path}: {name} is {number!r}, expected a number")
+    return numbers
