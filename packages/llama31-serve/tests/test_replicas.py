@@ -16,7 +16,7 @@ import pytest
 
 from llama31_serve import Client
 from llama31_serve.cli import build_parser, main
-from llama31_serve.commands.replicas import plan_processes
+from llama31_serve.commands.replicas import plan_processes, read_start_flags
 from llama31_serve.errors import StartError
 from llama31_serve.server.start_settings import read_settings
 from llama31_serve.supervisor import Supervisor, start_command
@@ -44,9 +44,9 @@ ECHO_SERVER = """
 class Running:
     """A supervisor on a thread, and what it said."""
 
-    def __init__(self, commands: Sequence[Sequence[str]]) -> None:
+    def __init__(self, commands: Sequence[Sequence[str]], drain_timeout_s: float = 0.0) -> None:
         self.lines: list[str] = []
-        self.supervisor = Supervisor(commands, self.lines.append)
+        self.supervisor = Supervisor(commands, self.lines.append, drain_timeout_s)
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -54,7 +54,7 @@ class Running:
     def _run(self) -> None:
         self.code = self.supervisor.run()
 
-    def until(self, start: str, count: int = 1, timeout_s: float = 30.0) -> str:
+    def until(self, start: str, count: int = 1, timeout_s: float = 120.0) -> str:
         """The last line that begins so, when there are as many."""
         end_s = time.monotonic() + timeout_s
         while time.monotonic() < end_s:
@@ -67,7 +67,7 @@ class Running:
     def end(self) -> None:
         """Wait for the end."""
         self.supervisor.stop()
-        self._thread.join(30)
+        self._thread.join(120)
         assert not self._thread.is_alive()
 
 
@@ -98,12 +98,23 @@ def test_calls_go_round_and_a_killed_server_comes_back(tokenizer_dir: Path) -> N
 
 
 def test_one_that_cannot_live_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that it takes to load does not count as health."""
     monkeypatch.setattr("llama31_serve.supervisor.MAX_PAUSE_S", 0.05)
+    monkeypatch.setattr("llama31_serve.supervisor.HEALTHY_AFTER_S", 0.0)
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     with supervised([sleeper, [sys.executable, "-c", "raise SystemExit(3)"]]) as running:
         running.until("[1] ended with 3, 5 times in a row; all are stopped")
         running.end()
     assert running.code == 1
+
+
+def test_one_that_drains_is_given_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama31_serve.supervisor.KILL_AFTER_S", 0.0)
+    program = "import signal, time; signal.signal(15, lambda *_: exit(time.sleep(0.4))); print('up', flush=True); "
+    running = Running([[sys.executable, "-c", program + "time.sleep(60)"]], drain_timeout_s=30)
+    running.until("[0] up")
+    running.end()
+    assert running.code == 0
 
 
 def test_servers_that_end_by_themselves_are_left_alone() -> None:
@@ -127,18 +138,21 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 
 
 def test_numbers_of_processes(tmp_path: Path) -> None:
-    assert plan_processes(2, ["--model", "m"]) == (2, 1)
-    assert plan_processes(2, ["--model", "m", "--tensor_parallel", "3"]) == (2, 3)
+    def plan(count: int | None, *flags: str) -> tuple[int, int]:
+        return plan_processes(count, read_start_flags(flags))
+
+    assert plan(2, "--model", "m") == (2, 1)
+    assert plan(2, "--model", "m", "--tensor_parallel", "3") == (2, 3)
     config = tmp_path / "config.json"
     config.write_text(
         '{"BackendConfig": {"modelInstanceNumber": 4, "ModelDeployConfig": {"ModelConfig": [{"worldSize": 2}]}}}'
     )
-    assert plan_processes(None, [f"--config={config}"]) == (4, 2)
-    assert plan_processes(1, ["--tensor_parallel", "3", "--config", str(config)]) == (1, 3)
-    assert plan_processes(1, ["--config", str(config)]) == (1, 2)
+    assert plan(None, f"--config={config}") == (4, 2)
+    assert plan(1, "--tensor_parallel", "3", "--config", str(config)) == (1, 3)
+    assert plan(1, "--config", str(config)) == (1, 2)
     config.write_text('{"BackendConfig": {"ModelDeployConfig": {"ModelConfig": [{"worldSize": "2"}]}}}')
     with pytest.raises(StartError, match="worldSize is '2', expected a number"):
-        plan_processes(1, ["--config", str(config)])
+        plan(1, "--config", str(config))
 
 
 def test_ports_are_raised(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 READY_WORDS, SERVED_ON = "Daemon start success!", " is served on "
 HEALTHY_AFTER_S, MAX_QUICK_DEATHS, MAX_PAUSE_S = 30.0, 5, 30.0
-POLL_S, KILL_AFTER_S = 0.1, 120.0
+POLL_S, KILL_AFTER_S = 0.1, 90.0
 
 
 @dataclass
@@ -21,7 +21,7 @@ class _Replica:
     command: Sequence[str]
     process: subprocess.Popen[str] | None = None
     address: str | None = None
-    started_s: float = 0.0
+    serving_since_s: float | None = None
     start_again_s: float = 0.0
     quick_deaths: int = 0
     finished: bool = False
@@ -30,17 +30,22 @@ class _Replica:
 class Supervisor:
     """Runs commands until they end by themselves, or until `stop`.
 
-    A process that dies is started again, after a pause that doubles each time it dies young. One that dies young
-    MAX_QUICK_DEATHS times in a row will not get better: all are ended.
+    A process that dies is started again, after a pause that doubles each time it dies before it has served for
+    HEALTHY_AFTER_S, however long it took to load. After MAX_QUICK_DEATHS such deaths in a row it will not get better:
+    all are ended.
 
     Args:
         commands: of the processes; each prints what `llama31-serve start` prints.
         say: prints a line.
+        drain_timeout_s: how long a process may drain; one that is still there KILL_AFTER_S later is killed.
     """
 
-    def __init__(self, commands: Sequence[Sequence[str]], say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, commands: Sequence[Sequence[str]], say: Callable[[str], None] = print, drain_timeout_s: float = 0.0
+    ) -> None:
         self._replicas = [_Replica(number, command) for number, command in enumerate(commands)]
         self._say = say
+        self._kill_after_s = drain_timeout_s + KILL_AFTER_S
         self._stopping = threading.Event()
         self._told = False
 
@@ -61,14 +66,13 @@ class Supervisor:
                 time.sleep(POLL_S)
             for replica in self._replicas:
                 failed |= self._look_after(replica)
-            if asked_s is not None and time.monotonic() - asked_s > KILL_AFTER_S:
+            if asked_s is not None and time.monotonic() - asked_s > self._kill_after_s:
                 self._signal(signal.SIGKILL)
             self._tell_when_all_serve()
         return int(failed)
 
     def _start(self, replica: _Replica) -> None:
-        replica.address = None
-        replica.started_s = time.monotonic()
+        replica.address = replica.serving_since_s = None
         # A session of its own: Ctrl-C reaches the supervisor alone, which asks each process once.
         replica.process = subprocess.Popen(
             replica.command, stdout=subprocess.PIPE, text=True, start_new_session=True, stdin=subprocess.DEVNULL
@@ -82,6 +86,7 @@ class Supervisor:
             self._say(f"[{replica.number}] {line.rstrip()}")
             if line.startswith(READY_WORDS):
                 replica.address = line.partition(SERVED_ON)[2].split()[0]
+                replica.serving_since_s = time.monotonic()
 
     def _look_after(self, replica: _Replica) -> bool:
         """Start a process again if it died; True if it is beyond help."""
@@ -101,7 +106,8 @@ class Supervisor:
         if code == 0 or self._stopping.is_set():
             replica.finished = True
             return code not in (0, -signal.SIGTERM)
-        died_young = now_s - replica.started_s < HEALTHY_AFTER_S
+        since_s = replica.serving_since_s
+        died_young = since_s is None or now_s - since_s < HEALTHY_AFTER_S
         replica.quick_deaths = replica.quick_deaths + 1 if died_young else 0
         if replica.quick_deaths >= MAX_QUICK_DEATHS:
             self._say(f"[{replica.number}] ended with {code}, {MAX_QUICK_DEATHS} times in a row; all are stopped")

@@ -6,11 +6,13 @@ import argparse
 import functools
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llama31_serve.commands import start
 from llama31_serve.errors import StartError
+from llama31_serve.server.options import ServerOptions
 from llama31_serve.supervisor import Supervisor, start_command
 
 
@@ -28,24 +30,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Start them and look after them until SIGTERM or SIGINT; the exit code."""
     flags = arguments.start_flags[1:] if arguments.start_flags[:1] == ["--"] else arguments.start_flags
-    count, num_ranks = plan_processes(arguments.count, flags)
+    asked = read_start_flags(flags)
+    count, num_ranks = plan_processes(arguments.count, asked)
     commands = [start_command(flags, replica, num_ranks) for replica in range(count)]
-    supervisor = Supervisor(commands, functools.partial(print, flush=True))
+    drain_timeout_s = ServerOptions().drain_timeout_s if asked.drain_timeout_s is None else asked.drain_timeout_s
+    supervisor = Supervisor(commands, functools.partial(print, flush=True), drain_timeout_s)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stop())
     return supervisor.run()
 
 
-def plan_processes(count: int | None, flags: list[str]) -> tuple[int, int]:
+def read_start_flags(flags: Sequence[str]) -> argparse.Namespace:
+    """As `start` reads them; SystemExit for wrong ones."""
+    parser = argparse.ArgumentParser(prog="llama31-serve start")
+    start.add_arguments(parser)
+    return parser.parse_args(flags)
+
+
+def plan_processes(count: int | None, asked: argparse.Namespace) -> tuple[int, int]:
     """How many replicas, and of how many ranks each: what the flags say, else the --config among them.
 
     Raises:
         StartError: nothing says how many, a number below 1, or a file that cannot be read. What else is wrong with
             the file, `start` says.
     """
-    parser = argparse.ArgumentParser(prog="llama31-serve start")
-    start.add_arguments(parser)
-    asked = parser.parse_args(flags)
     num_ranks: int | None = asked.tensor_parallel
     if asked.config is not None and (count is None or num_ranks is None):
         count_in_file, ranks_in_file = _numbers_in(asked.config)
