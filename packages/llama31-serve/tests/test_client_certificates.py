@@ -58,7 +58,7 @@ class Peers:
         for name in names:
             serial = x509.load_pem_x509_certificate(self.cert(name).read_bytes()).serial_number
             builder = builder.add_revoked_certificate(x509.RevokedCertificateBuilder(serial, now).build())
-        path = self.directory / "crl.pem"
+        path = self.directory / f"crl{''.join(names)}.pem"
         path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
         return path
 
@@ -101,6 +101,21 @@ async def only_good_gets_in(serve: Serve, peers: Peers, check: PeerCheck, words:
 
 async def test_revoked_certificates(serve: Serve, peers: Peers) -> None:
     await only_good_gets_in(serve, peers, PeerCheck((peers.revoke("bad"),)), "is revoked")
+
+
+def test_a_file_with_two_lists(peers: Peers) -> None:
+    both = peers.directory / "both.pem"
+    both.write_bytes(peers.revoke("good").read_bytes() + peers.revoke("bad").read_bytes())
+    check = PeerCheck((both,))
+    check.load([peers.ca])
+    revoked = "the client's certificate is revoked"
+    assert [check.problem_of_pem(peers.cert(name).read_bytes()) for name in ("good", "bad")] == [revoked, revoked]
+
+
+def test_a_list_of_another_authority(peers: Peers, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = Peers(tmp_path_factory.mktemp("other"), trustme.CA(organization_name="others"))
+    with pytest.raises(StartError, match="others is of none of the authorities"):
+        restricted(peers, [peers.ca], other.revoke("bad")).context()
 
 
 async def test_names_that_may_call(serve: Serve, peers: Peers) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from llama31_serve.errors import StartError
 
 if TYPE_CHECKING:
-    from cryptography.x509 import Certificate
+    from cryptography.x509 import Certificate, CertificateRevocationList, Name
+
+_PEM_LIST = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,31 @@ class PeerCheck:
     def __bool__(self) -> bool:
         return bool(self.crls or self.allowed_names)
 
-    def load(self) -> None:
-        """Read the lists now. Raises StartError for a file that is none, or without the library that reads them."""
+    def load(self, authorities: Sequence[Path]) -> None:
+        """Read the lists now.
+
+        Args:
+            authorities: PEM files of those that sign clients' certificates; each list has to be of one of them.
+
+        Raises:
+            StartError: a file that is no list, a list of another authority, or the library that reads them is missing.
+        """
         try:
-            import cryptography.x509  # noqa: F401
+            from cryptography import x509
         except ImportError as error:
             problem = "revocation lists and allowed names need: pip install 'llama31-serve[server,http]'"
             raise StartError(f"{error}; {problem}") from error
+        names = ", ".join(str(path) for path in self.crls)
         try:
             self._revoked  # noqa: B018  it is kept
+            known = [ca for path in authorities for ca in x509.load_pem_x509_certificates(path.read_bytes())]
         except (OSError, ValueError) as error:
-            names = ", ".join(str(path) for path in self.crls)
             raise StartError(f"TLS: {names}: not a PEM revocation list ({error})") from error
+        for found in self._lists():
+            issuers: list[Any] = [ca.public_key() for ca in known if ca.subject == found.issuer]
+            if not any(found.is_signature_valid(key) for key in issuers):
+                who = found.issuer.rfc4514_string()
+                raise StartError(f"TLS: {names}: the list of {who} is of none of the authorities that sign clients")
 
     def problem_of_pem(self, pem: bytes) -> str | None:
         """Why a certificate is not taken; None if it is."""
@@ -65,14 +82,22 @@ class PeerCheck:
         return Checked
 
     @cached_property
-    def _revoked(self) -> frozenset[int]:
+    def _revoked(self) -> frozenset[tuple[Name, int]]:
+        """Issuers and serial numbers: two authorities may give the same number."""
+        return frozenset((found.issuer, entry.serial_number) for found in self._lists() for entry in found)
+
+    def _lists(self) -> list[CertificateRevocationList]:
+        """Every list of every file; a file may have several."""
         from cryptography import x509
 
-        lists = [x509.load_pem_x509_crl(path.read_bytes()) for path in self.crls]
-        return frozenset(entry.serial_number for found in lists for entry in found)
+        lists = []
+        for path in self.crls:
+            blocks = _PEM_LIST.findall(path.read_bytes())
+            lists += [x509.load_pem_x509_crl(block) for block in blocks or [path.read_bytes()]]
+        return lists
 
     def _problem(self, certificate: Certificate) -> str | None:
-        if certificate.serial_number in self._revoked:
+        if (certificate.issuer, certificate.serial_number) in self._revoked:
             return "the client's certificate is revoked"
         if self.allowed_names and not self.allowed_names & _names_of(certificate):
             return "the client's certificate has none of the names that may call"

@@ -74,6 +74,7 @@ def _tls(arguments: argparse.Namespace) -> ServerTls | None:
     given = (
         arguments.tls_cert,
         arguments.tls_key,
+        arguments.tls_key_password,
         arguments.tls_client_ca,
         arguments.tls_crl,
         arguments.tls_allow_name,

@@ -38,7 +38,7 @@ class ServerTls:
         if self.peers:
             if not self.client_cas:
                 raise StartError("TLS: certificates of clients are restricted, but none are asked for; name their CA")
-            self.peers.load()
+            self.peers.load(self.client_cas)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
