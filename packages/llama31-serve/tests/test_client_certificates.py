@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 import trustme
@@ -94,6 +95,7 @@ async def only_good_gets_in(serve: Serve, peers: Peers, check: PeerCheck, words:
             with pytest.raises(AuthenticationError, match=words):
                 async for _ in client.generate_stream("ab", max_tokens=2):
                     pass
+        assert running.server.tallies.refused_calls == {grpc.StatusCode.UNAUTHENTICATED: 2}
         with pytest.raises(httpx.TransportError):
             await peers.get(url, "bad")
         assert running.engine.num_requests == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,6 +118,7 @@ async def test_access_log(serve: Serve, caplog: pytest.LogCaptureFixture) -> Non
     assert (first["prompt_tokens"], first["completion_tokens"], first["finish_reasons"]) == (6, 4, ["length"])
     assert first["total_ms"] >= first["first_token_ms"] >= 0
     assert (refused["code"], refused["refused"]) == ("INVALID_ARGUMENT", True)
+    assert first["arrived_at"] <= refused["arrived_at"] <= time.time()
     assert (second["request_id"], second["method"], second["traceparent"]) == ("mine-2", "/generate", TRACEPARENT)
     assert not any("secret" in line for line in caplog.messages)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import trustme
 
@@ -130,6 +131,7 @@ async def test_bearer_tokens(serve: Serve) -> None:
                 async for _ in stranger.chat_stream([{"role": "user", "content": "x"}]):
                     pass
         assert running.engine.num_requests == 0
+        assert running.server.tallies.refused_calls == {grpc.StatusCode.UNAUTHENTICATED: 6}
 
 
 Break = Callable[[Files], ServerTls]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from typing import Any
 
 import grpc
@@ -45,9 +46,7 @@ class AccessLog(Observer):
         if logger.isEnabledFor(logging.INFO):
             caller = CALLER.get()
             entry = {"tenant": caller.tenant, "method": caller.method or method, "code": code.name, "refused": True}
-            self._write(None, entry)
+            self._write(time.time(), entry)
 
-    def _write(self, arrived_at: float | None, entry: dict[str, Any]) -> None:
-        if arrived_at is not None:
-            entry = {"arrived_at": round(arrived_at, 3), **entry}
-        logger.info("%s", json.dumps(entry, ensure_ascii=True))
+    def _write(self, arrived_at: float, entry: dict[str, Any]) -> None:
+        logger.info("%s", json.dumps({"arrived_at": round(arrived_at, 3), **entry}, ensure_ascii=True))

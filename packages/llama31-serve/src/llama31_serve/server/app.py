@@ -78,10 +78,10 @@ class Server:
         self.engine = EngineThread(load_engine, self._emit, self._engine_broke)
         self.status = Status(self.tallies, self.admission, self.engine, options.status_period_s)
         self.drain_requested = asyncio.Event()
-        self.listener = Listener(options.host, options.port, security)
+        self.listener = Listener(options.host, options.port, security, self.observer)
         self.control: Listener | None = None
         if options.control_port is not None:
-            self.control = Listener(options.control_host, options.control_port, management)
+            self.control = Listener(options.control_host, options.control_port, management, self.observer)
         self.holder = ModelHolder(self.lifecycle)
         self.http = self._http(security, management)
         self._broken = asyncio.Event()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import grpc
 
 from llama31_serve.errors import StartError
+from llama31_serve.server.observer import Observer
 from llama31_serve.server.options import check_address, join_address
 from llama31_serve.server.tls import ServerTls
 from llama31_serve.server.token_auth import CallerInterceptor, Token
@@ -30,11 +31,11 @@ class Security:
 
 
 class Listener:
-    """Add servicers to `grpc`, then `start`."""
+    """Add servicers to `grpc`, then `start`. `observer` hears of callers that are not let in."""
 
-    def __init__(self, host: str, port: int, security: Security) -> None:
+    def __init__(self, host: str, port: int, security: Security, observer: Observer) -> None:
         peers = None if security.tls is None or not security.tls.peers else security.tls.peers
-        interceptor = CallerInterceptor(security.tokens, peers)
+        interceptor = CallerInterceptor(security.tokens, peers, observer)
         self.grpc = grpc.aio.server(options=GRPC_OPTIONS, interceptors=[interceptor])
         self._credentials = None if security.tls is None else security.tls.credentials()
         self._host = host

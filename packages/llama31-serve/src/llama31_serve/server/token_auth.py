@@ -13,6 +13,7 @@ import grpc
 
 from llama31_serve.errors import StartError
 from llama31_serve.server.caller import ANONYMOUS, CALLER, Caller
+from llama31_serve.server.observer import Observer
 from llama31_serve.server.peer_check import PeerCheck
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
@@ -67,10 +68,11 @@ def tenant_of(authorization: str, tokens: tuple[Token, ...]) -> str | None:
 class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Finds out who calls, for everything that this call does, and refuses whoever has none of the tokens."""
 
-    def __init__(self, tokens: tuple[Token, ...], peers: PeerCheck | None = None) -> None:
-        """`peers`: whose client certificates are taken, if not all that are signed."""
+    def __init__(self, tokens: tuple[Token, ...], peers: PeerCheck | None, observer: Observer) -> None:
+        """`peers`: whose client certificates are taken, if not all that are signed; `observer` hears of the others."""
         self._tokens = tokens
         self._peers = peers
+        self._observer = observer
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Any:
         """See grpc.aio.ServerInterceptor."""
@@ -78,13 +80,23 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         metadata = dict(handler_call_details.invocation_metadata)
         tenant = tenant_of(str(metadata.get("authorization", "")), self._tokens)
         handler = await continuation(handler_call_details)
-        if tenant is None and not method.startswith(HEALTH_PREFIX):
-            return None if handler is None else _refusing(handler)
         CALLER.set(Caller(tenant or ANONYMOUS, method, str(metadata.get("traceparent", ""))))
-        return handler if self._peers is None or handler is None else _checking(handler, self._peers)
+        if handler is None:
+            return None
+        if tenant is None and not method.startswith(HEALTH_PREFIX):
+            return _refusing(handler, self._refuse)
+        return handler if self._peers is None else _checking(handler, self._peers, self._refuse)
+
+    async def _refuse(self, context: Any, problem: str) -> NoReturn:
+        self._observer.refused(grpc.StatusCode.UNAUTHENTICATED, CALLER.get().method)
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, problem)
+        raise AssertionError("abort raises")
 
 
-def _checking(handler: Any, peers: PeerCheck) -> Any:
+Refuse = Callable[[Any, str], Awaitable[NoReturn]]
+
+
+def _checking(handler: Any, peers: PeerCheck, refuse: Refuse) -> Any:
     """The same handler behind a look at the client's certificate."""
     streams = handler.request_streaming, handler.response_streaming
     behaviour = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)[
@@ -95,7 +107,7 @@ def _checking(handler: Any, peers: PeerCheck) -> Any:
         shown = context.auth_context().get("x509_pem_cert")
         problem = peers.problem_of_pem(shown[0]) if shown else "the client has no certificate"
         if problem is not None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, problem)
+            await refuse(context, problem)
 
     async def answer(request: Any, context: Any) -> Any:
         await check(context)
@@ -110,12 +122,11 @@ def _checking(handler: Any, peers: PeerCheck) -> Any:
     return _WRAP[streams](checked, handler.request_deserializer, handler.response_serializer)
 
 
-def _refusing(handler: Any) -> Any:
+def _refusing(handler: Any, refuse: Refuse) -> Any:
     """A handler of the same kind that refuses."""
 
-    async def refuse(request: Any, context: Any) -> NoReturn:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the bearer token is missing or wrong")
-        raise AssertionError("abort raises")
+    async def answer(request: Any, context: Any) -> NoReturn:
+        await refuse(context, "the bearer token is missing or wrong")
 
     wrap = _WRAP[handler.request_streaming, handler.response_streaming]
-    return wrap(refuse, handler.request_deserializer, handler.response_serializer)
+    return wrap(answer, handler.request_deserializer, handler.response_serializer)
