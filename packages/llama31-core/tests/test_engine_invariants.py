@@ -16,7 +16,7 @@ from llama31_core.inference.engine import Engine
 from llama31_core.inference.options import EngineOptions
 from llama31_core.inference.request import StepOutput
 from llama31_core.inference.sampling_params import SamplingParams
-from llama31_core.inference.sum_runner import SumRunner
+from llama31_core.inference.sum_runner import PipelinedSumRunner, SumRunner
 
 VOCAB = 101
 POISON = 77  # a prompt that begins with it fails to compute
@@ -52,10 +52,15 @@ class EngineMachine(RuleBasedStateMachine):
         max_prefill_batch_size=st.integers(1, 3),
         max_queue_delay_s=st.sampled_from([0.0, 0.5]),
         num_speculative_tokens=st.sampled_from([0, 3]),
+        num_stages=st.sampled_from([1, 1, 2, 3]),
     )
-    def start(self, num_blocks: int, num_host_blocks: int, **options: int) -> None:
+    def start(self, num_blocks: int, num_host_blocks: int, num_stages: int, **options: int) -> None:
         self.now_s = 0.0
-        self.runner = PoisonedRunner(VOCAB, num_blocks, 4, num_host_blocks, spread=0.3)
+        sizes = (VOCAB, num_blocks, 4, num_host_blocks)
+        self.may_fail = num_stages == 1  # what fails on a rank ends all of them
+        self.runner: SumRunner = PoisonedRunner(*sizes, spread=0.3)
+        if num_stages > 1:
+            self.runner = PipelinedSumRunner(num_stages, *sizes, spread=0.3)
         self.engine = Engine(CONFIG, self.runner, EngineOptions(max_seq_len=32, **options), clock=lambda: self.now_s)
         self.wanted: dict[str, tuple[list[int], SamplingParams]] = {}
         self.outputs: dict[str, list[StepOutput]] = {}
@@ -79,7 +84,7 @@ class EngineMachine(RuleBasedStateMachine):
         params = SamplingParams(max_tokens=max_tokens, **more)  # type: ignore[arg-type]
         name = str(self.count)
         self.count += 1
-        prompt = [POISON, *prompt] if poisoned == 0 else prompt
+        prompt = [POISON, *prompt] if poisoned == 0 and self.may_fail else prompt
         self.engine.add(name, prompt, params, priority=priority)
         self.wanted[name] = (prompt, params)
         self.outputs[name] = []

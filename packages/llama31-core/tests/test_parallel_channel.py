@@ -93,3 +93,26 @@ def test_who_does_not_know_the_key_is_turned_away() -> None:
     assert peer.receive() == "welcome"
     hub.close()
     assert peer.receive() is None
+
+
+def test_what_a_stage_sends_on_goes_to_the_next_one_and_so_does_its_end() -> None:
+    hub, missed = Hub("127.0.0.1", KEY), list[str]()
+    made: dict[int, Peer] = {}
+
+    def join(rank: int) -> None:
+        made[rank] = connect("127.0.0.1", hub.port, KEY, rank, missed.append)
+
+    joining = [threading.Thread(target=join, args=(rank,)) for rank in (1, 2)]
+    for thread in joining:
+        thread.start()
+    hub.accept([1, 2], missed.append)
+    for thread in joining:
+        thread.join()
+    hub.peers[1].pass_on([hub.peers[2]])
+    made[1].send("hidden states")
+    assert made[2].receive() == "hidden states"
+    made[1].close()
+    for peer in (hub.peers[1], hub.peers[2], hub.peers[2], made[2]):  # an end is told as often as it is asked for
+        with pytest.raises(EOFError, match="has ended"):
+            peer.receive()
+    assert missed == ["rank 1", "rank 0"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -57,3 +57,17 @@ class Runner(Protocol):
 
         May be called again with the same input after it failed.
         """
+
+
+@runtime_checkable
+class PipelinedRunner(Runner, Protocol):
+    """A runner whose stages compute different passes at once. Passes and moves go through each stage in the order in
+    which they were begun."""
+
+    num_stages: int
+
+    def begin(self, batch: ForwardInput) -> None:
+        """Hand a pass to the first stage."""
+
+    def finish(self) -> npt.NDArray[np.float32]:
+        """The logits, as of `forward`, of the pass that was begun first of those that have not been finished."""

@@ -1,8 +1,14 @@
-"""One step of the engine: scheduled work in, what it added to each request out; an error ends one request alone."""
+"""One step of the engine: scheduled work in, what it added to each request out; an error ends one request alone.
+
+Over pipeline stages a step begins passes, each with its share of the sequences, until every stage has one, and ends the
+oldest: a sequence's next pass begins as soon as its token is drawn, while the other stages compute those of others.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama31_core.errors import Llama31Error
-from llama31_core.inference.batch import BlockMove, Runner
+from llama31_core.inference.batch import BlockMove, PipelinedRunner, Runner
 from llama31_core.inference.progress import Group, Progress
 from llama31_core.inference.request import StepOutput
 from llama31_core.inference.rows import Row, build_input, pack
@@ -36,6 +42,9 @@ class Execution:
         self.num_failed = 0
         self.num_failed_passes_in_a_row = 0
         self._runner = runner
+        self._pipeline = runner if isinstance(runner, PipelinedRunner) and runner.num_stages > 1 else None
+        self._num_stages = 1 if self._pipeline is None else self._pipeline.num_stages
+        self._passes: deque[list[Row]] = deque()  # begun and not ended, the oldest first
         self._scheduler = scheduler
         self._proposer = proposer
 
@@ -65,11 +74,41 @@ class Execution:
         blocks.release(table)
 
     def step(self, now_s: float) -> list[StepOutput]:
-        """Compute what the scheduler chooses at this time."""
-        chunks = self._scheduler.schedule(now_s)
-        outputs = self._move_blocks()
-        rows = self._with_guesses([chunk for chunk in chunks if chunk.sequence.block_table])
-        return outputs + [output for group in pack(rows) for output in self._compute(group)]
+        """Compute what the scheduler chooses at this time; over stages, until a pass comes out of the last."""
+        outputs = self._begin_passes(now_s)
+        while self._passes:
+            outputs += self._end(self._passes[0])
+            if len(self._passes) < self._num_stages:
+                break
+        return outputs
+
+    def _begin_passes(self, now_s: float) -> list[StepOutput]:
+        """Go on until each stage has a pass, with its share of the sequences, or nothing is left to compute."""
+        outputs, begun = list[StepOutput](), True
+        while begun and len(self._passes) < self._num_stages:
+            chunks = self._scheduler.schedule(now_s)
+            outputs += self._move_blocks()
+            share = math.ceil(len(self._scheduler.running) / self._num_stages)
+            rows = self._with_guesses([chunk for chunk in chunks if chunk.sequence.block_table][:share])
+            for group in pack(rows):
+                self._begin(group)
+            begun = bool(rows)
+        return outputs
+
+    def _begin(self, rows: list[Row]) -> None:
+        if self._pipeline is not None:
+            self._pipeline.begin(build_input(rows))
+        for row in rows:
+            row.sequence.in_flight = True
+        self._passes.append(rows)
+
+    def _end(self, rows: list[Row]) -> list[StepOutput]:
+        """What the oldest pass gives."""
+        logits_NV = None if self._pipeline is None else self._pipeline.finish()
+        self._passes.popleft()
+        for row in rows:
+            row.sequence.in_flight = False
+        return self._compute(rows) if logits_NV is None else self._take(rows, logits_NV)
 
     def _move_blocks(self) -> list[StepOutput]:
         """Carry out the moves that the schedule needs. If that fails, the requests that needed them end."""
@@ -106,6 +145,10 @@ class Execution:
                 return [output for row in rows for output in self._compute([row])]
             return self._fail(self.groups[rows[0].sequence.request.request_id], error)
         self.num_failed_passes_in_a_row = 0
+        return self._take(rows, logits_NV)
+
+    def _take(self, rows: list[Row], logits_NV: npt.NDArray[np.float32]) -> list[StepOutput]:
+        """Draw from what a pass gave."""
         prompts = [row for row in rows if not row.sequence.output_ids or row.num_tokens > 1]
         if prompts:
             self._tell_proposer(lambda proposer: proposer.follow(prompts))

@@ -43,6 +43,7 @@ class Peer:
         self._on_lost = on_lost
         self._closing = threading.Event()
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._targets: Sequence[Peer] = ()
         threading.Thread(target=self._read, name=f"from {name}", daemon=True).start()
 
     def _read(self) -> None:
@@ -51,12 +52,22 @@ class Peer:
                 message = self._connection.recv()
             except (EOFError, OSError):
                 break
-            self._messages.put(message)
+            for target in self._targets:
+                target.send(message)
+            if not self._targets:
+                self._messages.put(message)
             if message is None:
                 return
         self._messages.put(_GONE)
         if not self._closing.is_set():
             self._on_lost(self._name)
+        for target in self._targets:
+            target.close()
+
+    def pass_on(self, targets: Sequence[Peer]) -> None:
+        """Have everything that comes go to other peers, with no `receive`; when this one ends, so do they. To be said
+        before anything can come, and nobody else may send to them meanwhile."""
+        self._targets = targets
 
     def send(self, message: Any) -> None:
         """Send a value; None is the farewell."""
@@ -76,6 +87,7 @@ class Peer:
         """
         message = self._messages.get()
         if message is _GONE:
+            self._messages.put(_GONE)
             raise EOFError(f"{self._name} has ended")
         return message
 

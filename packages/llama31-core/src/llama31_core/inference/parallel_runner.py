@@ -1,17 +1,22 @@
 """A model over several ranks as one runner: rank 0 schedules and tells the others what each step computes.
 
-Rank 0 is the hub: a step's plain lists go from it to the ranks of a stage, hidden states between stages go through it,
-and the last stage's ranks send it their columns of the logits. So that the graphs need nothing but the sums of the
-tensor-parallel layers, the same on every device.
+A pipeline stage hears from the one before it, in one order, of passes (plain lists, with its hidden states) and of
+blocks to move between them; so it can compute one pass while others compute those before and after. Rank 0 is the hub:
+what goes from stage to stage goes through it, in threads beside its own computing, and the last stage's ranks send it
+their columns of the logits. So the graphs need nothing but the sums of the tensor-parallel layers, the same on every
+device.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,48 +32,93 @@ from llama31_core.parallel.launch import find_rank, join_mesh
 from llama31_core.parallel.mesh import Coordinates, ParallelConfig
 
 
-class LeadingRunner:
-    """The runner of rank 0 (a `Runner`); what fails on any rank ends all, as the others would wait for ever."""
+class Part(Protocol):
+    """What a rank computes of a pass (a `PartRunner`)."""
 
-    def __init__(self, part: PartRunner, hub: Hub, parallel: ParallelConfig, plan: EnginePlan) -> None:
-        self.num_blocks = plan.cache.num_blocks
-        self.block_size = plan.cache.block_size
-        self.num_host_blocks = plan.cache.num_host_blocks
-        self._part, self._hub = part, hub
-        self._stages = [
-            [parallel.rank(Coordinates(stage, 0, 0, tp)) for tp in range(parallel.tp)] for stage in range(parallel.pp)
-        ]
-        self._has_columns = splits_logits(plan.config, parallel)
+    has_columns: bool
 
     def move_blocks(self, moves: list[BlockMove]) -> None:
         """See Runner."""
-        for peer in self._hub.peers.values():
-            peer.send(moves)
+
+    def forward(
+        self, batch: ForwardInput, hidden_BTE: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Hidden states for the next stage, or of the last one logits."""
+
+
+class LeadingRunner:
+    """The runner of rank 0 (a `PipelinedRunner`); what fails on any rank ends all, as the others would wait for ever.
+
+    Args:
+        part: what rank 0 computes.
+        hub: the other ranks, all of which have come.
+        parallel: the mesh.
+        plan: of the model.
+    """
+
+    def __init__(self, part: Part, hub: Hub, parallel: ParallelConfig, plan: EnginePlan) -> None:
+        self.num_blocks = plan.cache.num_blocks
+        self.block_size = plan.cache.block_size
+        self.num_host_blocks = plan.cache.num_host_blocks
+        self.num_stages = parallel.pp
+        self._part, self._hub = part, hub
+        ranks = [
+            [parallel.rank(Coordinates(stage, 0, 0, tp)) for tp in range(parallel.tp)] for stage in range(parallel.pp)
+        ]
+        beside, *later = [[hub.peers[rank] for rank in stage if rank != 0] for stage in ranks]
+        self._beside, self._next = beside, later[0] if later else []
+        for stage, following in pairwise(later):
+            stage[0].pass_on(following)
+        last = later[-1] if later else beside
+        self._answering = last if splits_logits(plan.config, parallel) else last[:1] if later else []
+        self._begun: deque[npt.NDArray[np.float32]] = deque()  # what rank 0 computed of the passes
+
+    def move_blocks(self, moves: list[BlockMove]) -> None:
+        """See Runner."""
+        _tell([*self._beside, *self._next], moves)
         self._part.move_blocks(moves)
 
-    def forward(self, batch: ForwardInput) -> npt.NDArray[np.float32]:
-        """See Runner."""
+    def begin(self, batch: ForwardInput) -> None:
+        """See PipelinedRunner."""
         try:
-            first, *later = self._stages
-            self._tell(first[1:], (batch, None))
-            out = [self._part.forward(batch)]
-            if later:
-                for ranks in later:
-                    self._tell(ranks, (batch, out[0]))
-                    out = [self._hub.peers[ranks[0]].receive()]
-            senders = self._stages[-1][1:] if self._has_columns else []
-            columns = [out[0], *(self._hub.peers[rank].receive() for rank in senders)]
+            _tell(self._beside, (batch, None))
+            out = self._part.forward(batch)
+            _tell(self._next, (batch, out))
         except Exception as error:
-            raise SystemExit(f"llama31-core: error: a step over several ranks failed: {error}") from error
+            raise _failed(error) from error
+        self._begun.append(out)
+
+    def finish(self) -> npt.NDArray[np.float32]:
+        """See PipelinedRunner."""
+        own = self._begun.popleft()
+        try:
+            columns = [] if self._next else [own]
+            columns += [peer.receive() for peer in self._answering]
+        except EOFError as error:
+            raise _failed(error) from error
         return np.concatenate(columns, axis=-1) if len(columns) > 1 else columns[0]
 
+    def forward(self, batch: ForwardInput) -> npt.NDArray[np.float32]:
+        """See Runner; not while a pass is begun."""
+        assert not self._begun
+        self.begin(batch)
+        return self.finish()
+
     def close(self) -> None:
-        """Let the others end."""
+        """Let the others end, once passes that nobody waits for any more have left the stages."""
+        with suppress(SystemExit):
+            while self._next and self._begun:
+                self.finish()
         self._hub.close()
 
-    def _tell(self, ranks: list[int], message: Any) -> None:
-        for rank in ranks:
-            self._hub.peers[rank].send(message)
+
+def _tell(peers: Sequence[Peer], message: Any) -> None:
+    for peer in peers:
+        peer.send(message)
+
+
+def _failed(error: Exception) -> SystemExit:
+    return SystemExit(f"llama31-core: error: a step over several ranks failed: {error}")
 
 
 def join(
@@ -118,21 +168,27 @@ def join(
 
 
 class Follower:
-    """A rank that does what rank 0 says."""
+    """A rank that does what rank 0, or the stage before it, says."""
 
-    def __init__(self, part: PartRunner, leader: Peer, parallel: ParallelConfig, rank: int) -> None:
+    def __init__(self, part: Part, leader: Peer, parallel: ParallelConfig, rank: int) -> None:
         self._part, self._leader = part, leader
         at = parallel.coordinates(rank)
         is_last = at.pp == parallel.pp - 1
         # Hidden states are whole on every rank of a stage: one of them sends them.
-        self._answers = (is_last and part.has_columns) or (at.pp > 0 and at.tp == 0)
+        speaks = at.pp > 0 and at.tp == 0
+        self._answers = is_last and (part.has_columns or speaks)
+        self._tells_next_stage = speaks and not is_last
 
     def follow(self) -> None:
         """Compute until rank 0 says farewell."""
         while (message := self._leader.receive()) is not None:
             if isinstance(message, list):
                 self._part.move_blocks(message)
-                continue
-            out = self._part.forward(*message)
-            if self._answers:
-                self._leader.send(out)
+            else:
+                batch, hidden_BTE = message
+                out = self._part.forward(batch, hidden_BTE)
+                message = batch, out
+                if self._answers:
+                    self._leader.send(out)
+            if self._tells_next_stage:
+                self._leader.send(message)

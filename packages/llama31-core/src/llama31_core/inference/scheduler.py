@@ -72,6 +72,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # both by urgency
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._is_held_up = False
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that has been checked to fit into cache and batch on its own."""
@@ -93,17 +94,20 @@ class Scheduler:
         if admits:
             self._yield_to_more_urgent()
         budget = _Budget(self.max_prefill_tokens, self.max_prefill_batch_size)
-        preempted = self.num_preemptions
+        preempted, self._is_held_up = self.num_preemptions, False
         chunks = [self._next_chunk(sequence, budget) for sequence in tuple(self.running)]
         # Nobody enters in a step in which blocks ran out: it could be one that has just made room.
-        admits = admits and self.num_preemptions == preempted
+        admits = admits and not self._is_held_up and self.num_preemptions == preempted
         while admits and not budget.is_spent and (sequence := self._admit()) is not None:
             chunks.append(self._next_chunk(sequence, budget))
         # A sequence that has made room for another has no blocks any more.
         return [chunk for chunk in chunks if chunk is not None and chunk.sequence.block_table]
 
     def _next_chunk(self, sequence: Sequence, budget: _Budget) -> Chunk | None:
-        """What a running sequence computes next; nothing if it waits for the budget or for its fellow beams."""
+        """What a running sequence computes next; nothing if it waits for the budget, for its fellow beams, for a pass
+        that it is in, or for blocks of one in a pass, which a more urgent one waits for."""
+        if sequence.in_flight or self._is_held_up:
+            return None
         decodes = sequence.num_uncached == 1 and bool(sequence.output_ids)
         size = 1 if decodes else min(sequence.num_uncached, budget.longest_chunk(sequence))
         if not sequence.block_table or not size or not self._make_room(sequence, sequence.num_cached + size):
@@ -137,24 +141,30 @@ class Scheduler:
         while self.waiting and self.running and self.waiting[0].urgency < self.running[-1].urgency:
             if self._has_place(self.waiting[0]) and self.cache.fits(self.waiting[0]):
                 return
-            self._preempt(self.running[-1])
+            if not self._preempt(self.running[-1]):
+                return
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Room for `num_tokens`, at the cost of less urgent sequences; false if `sequence` was preempted itself."""
+        """Room for `num_tokens`, at the cost of less urgent sequences; false if `sequence` was preempted itself, or
+        waits for one that is in a pass."""
         while not self.cache.make_room(sequence, num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim)
-            if not sequence.block_table:
+            self._is_held_up = not self._preempt(self.running[-1])
+            if self._is_held_up or not sequence.block_table:
                 return False
         return True
 
-    def _preempt(self, victim: Sequence) -> None:
+    def _preempt(self, victim: Sequence) -> bool:
+        """Take a sequence's place and blocks; false, and nothing changed, if a pass is writing there."""
         together = victim.in_lockstep
-        for sequence in [s for s in self.running if s is victim or (together and s.request is victim.request)]:
+        victims = [s for s in self.running if s is victim or (together and s.request is victim.request)]
+        if any(sequence.in_flight for sequence in victims):
+            return False
+        for sequence in victims:
             self.running.remove(sequence)
             self.cache.evict(sequence)
             insort(self.waiting, sequence, key=_by_urgency)
             self.num_preemptions += 1
+        return True
 
     def _draft_room(self, sequence: Sequence) -> int:
         """Tokens to guess, if blocks for them are free: nobody makes room for a guess."""

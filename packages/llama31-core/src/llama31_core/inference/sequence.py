@@ -29,6 +29,7 @@ class Sequence:
         block_hashes: of its full blocks, as far as they have been worked out.
         num_cached: tokens whose keys and values are in its blocks.
         prompt_logprobs: of the prompt so far, if the request wants them.
+        in_flight: a pass with its next tokens has begun and not ended: until then it keeps its blocks and waits.
         beam_scores: (V,) adjusted log-probabilities that a beam has computed and that wait for those of the others.
     """
 
@@ -43,6 +44,7 @@ class Sequence:
     host_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_cached: int = 0
+    in_flight: bool = False
     prompt_logprobs: PromptLogprobs = field(default_factory=list)
     beam_scores: npt.NDArray[np.float64] | None = None
 

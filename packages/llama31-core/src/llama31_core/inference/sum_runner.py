@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -79,3 +80,48 @@ class SumRunner:
     def next_token(self, tokens: Sequence[int]) -> int:
         """The likeliest token after these, without spread."""
         return sum(token * (position + 1) for position, token in enumerate(tokens)) % self.vocab_size
+
+
+class PipelinedSumRunner(SumRunner):
+    """The same over stages: what is begun reaches the cache when the last stage comes to it, passes later.
+
+    Args:
+        num_stages: of the pipeline.
+        vocab_size, num_blocks, block_size, num_host_blocks, spread: as of `SumRunner`.
+
+    Attributes:
+        num_begun: for every pass that was finished, how many were begun then, itself included.
+    """
+
+    def __init__(
+        self,
+        num_stages: int,
+        vocab_size: int,
+        num_blocks: int = 8,
+        block_size: int = 4,
+        num_host_blocks: int = 0,
+        spread: float = 0.0,
+    ) -> None:
+        super().__init__(vocab_size, num_blocks, block_size, num_host_blocks, spread)
+        self.num_stages = num_stages
+        self.num_begun: list[int] = []
+        self._begun: deque[ForwardInput | list[BlockMove]] = deque()
+
+    def move_blocks(self, moves: list[BlockMove]) -> None:
+        """See Runner."""
+        self._begun.append(moves)
+
+    def begin(self, batch: ForwardInput) -> None:
+        """See PipelinedRunner."""
+        self._begun.append(batch)
+
+    def finish(self) -> npt.NDArray[np.float32]:
+        """See PipelinedRunner."""
+        self.num_begun.append(sum(isinstance(one, ForwardInput) for one in self._begun))
+        while isinstance(one := self._begun.popleft(), list):
+            super().move_blocks(one)
+        return super().forward(one)
+
+    def forward(self, batch: ForwardInput) -> npt.NDArray[np.float32]:
+        """See Runner."""
+        raise AssertionError("passes go through the stages")
