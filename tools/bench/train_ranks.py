@@ -1,8 +1,9 @@
 """Weak scaling of training over data parallel ranks: one rank beside two, each with one thread and the same batch.
 
 `python tools/bench/train_ranks.py` runs `llama31-core finetune` on a model of random weights, alone and under
-msrun_launcher.sh, in turns, and prints tokens/s of all ranks; 1.00 is twice as much with two ranks. The first two steps
-of each run are left out: they compile.
+msrun_launcher.sh, in turns, and prints tokens/s of all ranks; 1.00 is twice as much with two ranks. Beside them, two
+runs of one rank each at once, which share nothing but the machine: what two ranks could reach at most. The first two
+steps of each run are left out: they compile.
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ def make_inputs(folder: Path, size: str, tokens: int, num_records: int) -> None:
     writer.commit()
 
 
-def step_times(folder: Path, name: str, ranks: int, batch: int, tokens: int, steps: int) -> list[float]:
-    """Seconds of each step of a run."""
+def start_run(folder: Path, name: str, ranks: int, batch: int, tokens: int, steps: int) -> subprocess.Popen[str]:
     run_file, output = ROOT / "configs" / "finetune_smollm2_135m.yaml", folder / name
     values = {
         "load_checkpoint": folder / "model",
@@ -75,10 +75,15 @@ def step_times(folder: Path, name: str, ranks: int, batch: int, tokens: int, ste
         launcher = ["bash", str(ROOT / "tools" / "msrun_launcher.sh"), " ".join(command), str(ranks), str(port)]
         command = [*launcher, str(folder / f"{name}_log"), "True", "120"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "LLAMA31_NUM_THREADS": "1", "PYTHON": sys.executable}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} ended, exit code {done.returncode}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def step_times(folder: Path, name: str, run: subprocess.Popen[str]) -> list[float]:
+    """Seconds of each step of a run, when it has ended."""
+    _, errors = run.communicate()
+    if run.returncode:
+        raise SystemExit(f"{name} ended, exit code {run.returncode}: {errors[-2000:]}")
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row["step_time_s"] for row in rows if row["kind"] == "step"][_WARM_UP:]
 
 
@@ -89,18 +94,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of a run, after two that compile")
     arguments = parser.parse_args()
     size, batch, tokens = arguments.shape.split(",")[0], *map(int, arguments.shape.split(",")[1:])
-    times: dict[int, list[float]] = {1: [], _NUM_RANKS: []}
+    times: dict[str, list[float]] = {"alone": [], "ranks": [], "apart": []}
+    programs = {"alone": (1, 1), "ranks": (1, _NUM_RANKS), "apart": (_NUM_RANKS, 1)}  # runs at once, ranks of each
     with tempfile.TemporaryDirectory() as work:
         folder, steps = Path(work), arguments.steps + _WARM_UP
         make_inputs(folder, size, tokens, _NUM_RANKS * batch * steps)
         for number in range(arguments.rounds):
-            for ranks in sorted(times, reverse=bool(number % 2)):
-                times[ranks] += step_times(folder, f"run_{number}_{ranks}", ranks, batch, tokens, steps)
-    alone_s, ranks_s = median(times[1]), median(times[_NUM_RANKS])
-    row = [f"{size}, {batch} x {tokens}", f"{batch * tokens / alone_s:.0f}"]
-    row += [f"{_NUM_RANKS * batch * tokens / ranks_s:.0f}", f"{alone_s / ranks_s:.2f}"]
+            for kind in sorted(times, reverse=bool(number % 2)):
+                copies, ranks = programs[kind]
+                names = [f"{kind}_{number}_{copy}" for copy in range(copies)]
+                runs = [start_run(folder, name, ranks, batch, tokens, steps) for name in names]
+                for name, run in zip(names, runs, strict=True):
+                    times[kind] += step_times(folder, name, run)
+    step_s = {kind: median(found) for kind, found in times.items()}
+    rates = [f"{programs[kind][0] * programs[kind][1] * batch * tokens / step_s[kind]:.0f}" for kind in times]
+    gains = [f"{step_s['alone'] / step_s['ranks']:.2f}", f"{step_s['apart'] / step_s['ranks']:.2f}"]
     title = f"Weak scaling, a thread each, medians of {arguments.rounds} runs of {arguments.steps} steps"
-    print_table(title, ["model, batch of a rank", "tokens/s of 1 rank", f"of {_NUM_RANKS}", "efficiency"], [row])
+    header = ["model, batch of a rank", "tokens/s of 1 rank", f"of {_NUM_RANKS}", f"of {_NUM_RANKS} apart"]
+    header += ["2 ranks to twice 1", "2 ranks to 2 apart"]
+    print_table(title, header, [[f"{size}, {batch} x {tokens}", *rates, *gains]])
 
 
 if __name__ == "__main__":
