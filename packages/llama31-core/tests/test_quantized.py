@@ -79,7 +79,7 @@ def runner_of(path: Path) -> GraphRunner:
 
 
 def prefill(runner: GraphRunner, prompts: list[list[int]]) -> npt.NDArray[np.float32]:
-    tables = [[4 * index, 4 * index + 1, 4 * index + 2] for index in range(len(prompts))]
+    tables = [[4 * index, 4 * index + 1, 4 * index + 2, 4 * index + 3] for index in range(len(prompts))]
     lengths = [len(prompt) for prompt in prompts]
     return runner.forward(ForwardInput(prompts, [0] * len(prompts), tables, lengths))
 
@@ -136,15 +136,19 @@ def test_models_on_both_cpu_kernels(
         }
     twin = runner_of(save(tmp_path / "bf16", plain, as_bf16))
     runner = runner_of(path)
-    prompts = [[int(id) for id in np.random.default_rng(row).integers(0, 50, 17)] for row in range(3)]
-    together = prefill(runner, prompts)
-    np.testing.assert_array_equal(together, prefill(twin, prompts))
-    # 51 rows go through widened weights, 1 row through those in registers: the same bits.
-    alone = [prefill(runner, [prompt[:1]])[0] for prompt in prompts]
-    np.testing.assert_array_equal(np.stack(alone), together.reshape(3, 17, -1)[:, 0])
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 50, shape).tolist() for shape in ((1, 1), (1, 7), (4, 25))]
+    found = [prefill(runner, batch) for batch in batches]
+    for batch, logits in zip(batches, found, strict=True):
+        np.testing.assert_array_equal(logits, prefill(twin, batch))
+    # 100 rows go through widened weights, 1 row through those in registers: the same bits.
+    alone = [prefill(runner, [prompt[:1]])[0] for prompt in batches[-1]]
+    np.testing.assert_array_equal(np.stack(alone), found[-1].reshape(4, 25, -1)[:, 0])
     monkeypatch.setattr("llama31_core.inference.runner.native_kernels_here", lambda: False)
-    slow = prefill(runner_of(path), prompts)
-    assert np.abs(slow - together).max() < 0.02 * np.abs(slow).max()
+    portable_runner = runner_of(path)
+    for batch, logits in zip(batches, found, strict=True):
+        slow = prefill(portable_runner, batch)
+        assert np.abs(slow - logits).max() < 0.02 * np.abs(slow).max()
 
 
 def test_a_part_of_the_rows_reads_as_that_part(tmp_path: Path, random_weights: Callable[..., Weights]) -> None:

@@ -70,7 +70,7 @@ class Layer {
     ProjectAndAdd(weights_.w2, in_.ffn);
   }
 
- private:
+ protected:  // tools/bench/phases.cc times them one by one
   Matrix Of(const Stored &weight, int64_t k) const { return {weight, k, static_cast<int64_t>(step_.settings[2])}; }
 
   template <int kIndex>

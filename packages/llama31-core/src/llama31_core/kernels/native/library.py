@@ -17,8 +17,8 @@ from llama31_core.errors import Llama31Error
 from llama31_core.kernels.native.threads import num_threads
 from llama31_core.native_support import FEATURES, find_compiler, what_is_missing
 
-_SOURCES = Path(__file__).parent
-_OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", *FEATURES.values())
+SOURCES = Path(__file__).parent
+OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", *FEATURES.values())
 _COMPILE_LIMIT_S = 120
 
 
@@ -51,8 +51,8 @@ def _cache_directory() -> Path:
 
 
 def _fingerprint(compiler: str) -> str:
-    digest = hashlib.sha256("\0".join((compiler, *_OPTIONS)).encode())
-    for source in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cc")]):
+    digest = hashlib.sha256("\0".join((compiler, *OPTIONS)).encode())
+    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cc")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -61,7 +61,7 @@ def _compile(compiler: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         built = Path(directory) / library.name
-        command = [compiler, *_OPTIONS, "-o", str(built), *map(str, sorted(_SOURCES.glob("*.cc")))]
+        command = [compiler, *OPTIONS, "-o", str(built), *map(str, sorted(SOURCES.glob("*.cc")))]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_LIMIT_S)
         except subprocess.CalledProcessError as error:

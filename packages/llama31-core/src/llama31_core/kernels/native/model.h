@@ -41,7 +41,7 @@ class Model {
     Head(x, logits);
   }
 
- private:
+ protected:  // as in Layer
   Table Of(const Stored &table) const { return {table, in_.shapes.dim, static_cast<int64_t>(in_.settings[2])}; }
 
   template <int kIndex>

@@ -1,11 +1,9 @@
 // A Llama model as a MindSpore custom operator for a CPU with AVX-512 and its bfloat16 dot product.
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
-#include "model.h"
-#include "quantized.h"
+#include "arguments.h"
 
 namespace mindspore {
 class AotExtra;
@@ -13,82 +11,15 @@ class AotExtra;
 
 using namespace llama31;
 
-namespace {
-
-// The operator's arguments, taken one after the other.
-class Arguments {
- public:
-  Arguments(void **params, int64_t **shapes) : params_(params), shapes_(shapes) {}
-
-  bool is_quantized = false;  // then a matrix is three arguments
-
-  const int64_t *shape() const { return shapes_[at_]; }  // of the next one
-  int taken() const { return at_; }
-  const int32_t *Ints() { return static_cast<const int32_t *>(params_[at_++]); }
-  float *Floats() { return static_cast<float *>(params_[at_++]); }
-
-  Stored Matrix() {
-    const void *data = params_[at_++];
-    if (!is_quantized) return {data, nullptr, nullptr};
-    const float *scales = Floats();
-    return {data, scales, Floats()};
-  }
-
- private:
-  void **params_;
-  int64_t **shapes_;
-  int at_ = 0;
-};
-
-LayerWeights TakeLayer(Arguments &arguments, Shapes &shapes) {
-  LayerWeights layer{};
-  layer.attention_norm = arguments.Floats();
-  shapes.q_width = arguments.shape()[0];
-  layer.wq = arguments.Matrix();
-  shapes.kv_width = arguments.shape()[0];
-  layer.wk = arguments.Matrix(), layer.wv = arguments.Matrix(), layer.wo = arguments.Matrix();
-  layer.ffn_norm = arguments.Floats();
-  shapes.ffn = arguments.shape()[0];
-  layer.w1 = arguments.Matrix(), layer.w2 = arguments.Matrix(), layer.w3 = arguments.Matrix();
-  shapes.kv_heads = arguments.shape()[1], shapes.width = arguments.shape()[2];
-  layer.keys = arguments.Floats(), layer.values = arguments.Floats();
-  return layer;
-}
-
-}  // namespace
-
 // How many threads the loops take. Before the first pass.
 extern "C" void Llama31SetNumThreads(int count) { ThreadPool::num_threads = count; }
 
-// tokens, positions, slots (B, T), tables (B, M), wanted (N,), settings (3,), frequencies (D / 2,), norm_out (E,),
-// embedding (V, E), head (V, E); then of each layer attention_norm (E,), wq, wk, wv, wo, ffn_norm (E,), w1, w2, w3, key
-// and value cache (C, K, D) -> logits (N, V). A quantised matrix (quantized.h) is its numbers, scales and biases.
-// Returns 1 if it was called with another number of arguments.
+// The arguments of arguments.h -> logits (N, V). Returns 1 if it was called with another number of arguments.
 extern "C" int Llama31Model(int nparam, void **params, int *, int64_t **shapes, const char **dtypes, void *, void *) {
-  const std::string table_type = dtypes[8];
-  Arguments arguments(params, shapes);
-  arguments.is_quantized = table_type == "int8";
-  ModelInputs in{};
-  in.shapes.batch = shapes[0][0], in.shapes.tokens = shapes[0][1], in.shapes.table_length = shapes[3][1];
-  in.wanted_rows = shapes[4][0], in.shapes.dim = shapes[7][0], in.vocabulary = shapes[8][0];
-  in.tokens = arguments.Ints(), in.positions = arguments.Ints(), in.slots = arguments.Ints();
-  in.tables = arguments.Ints(), in.wanted = arguments.Ints();
-  in.settings = arguments.Floats(), in.frequencies = arguments.Floats(), in.norm_out = arguments.Floats();
-  in.embedding = arguments.Matrix(), in.head = arguments.Matrix();
-  const std::string layer_type = dtypes[arguments.taken() + 1];
-  while (arguments.taken() < nparam - 1) in.layers.push_back(TakeLayer(arguments, in.shapes));
-  if (arguments.taken() != nparam - 1) return 1;
-  float *logits = arguments.Floats();
-  if (layer_type == "uint8") {
-    Model<QuantizedMatrix<Bits4>, QuantizedMatrix<Bits8>>(in).Run(logits);
-  } else if (layer_type == "int8") {
-    Model<QuantizedMatrix<Bits8>, QuantizedMatrix<Bits8>>(in).Run(logits);
-  } else if (layer_type == "bfloat16") {
-    Model<PlainMatrix<Bf16>, PlainMatrix<Bf16>>(in).Run(logits);
-  } else {
-    Model<PlainMatrix<float>, PlainMatrix<float>>(in).Run(logits);
-  }
-  return 0;
+  return WithModel(nparam, params, shapes, dtypes, [](const ModelInputs &in, auto kinds, float *logits) {
+    using Kinds = decltype(kinds);
+    Model<typename Kinds::Matrix, typename Kinds::Table>(in).Run(logits);
+  });
 }
 
 extern "C" std::vector<int64_t> Llama31ModelInferShape(int *, int64_t **shapes, mindspore::AotExtra *) {
