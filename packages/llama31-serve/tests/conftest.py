@@ -76,7 +76,7 @@ class Running:
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         """Wait for a condition; fails the test if it does not come true."""
         async with asyncio.timeout(timeout_s):
             while not condition():
