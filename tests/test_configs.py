@@ -17,7 +17,7 @@ MESHES = {
     "predict_llama3_1_8b": ParallelConfig(),
     "predict_llama3_1_70b": ParallelConfig(tp=4, vocab_parallel=False),
     "predict_llama3_1_405b": ParallelConfig(tp=16, vocab_parallel=False),
-    "finetune_llama3_1_8b": ParallelConfig(dp=8, vocab_parallel=False, shard_optimizer=True),
+    "finetune_llama3_1_8b": ParallelConfig(dp=8, vocab_parallel=False, shard_optimizer=True, shard_gradients=True),
     "finetune_llama3_1_70b": ParallelConfig(tp=8, pp=8, sequence_parallel=True, shard_optimizer=True),
     "finetune_llama3_1_405b": ParallelConfig(dp=2, tp=8, pp=18, sequence_parallel=True, shard_optimizer=True),
 }

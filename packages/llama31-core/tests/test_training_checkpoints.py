@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from llama31_core.cli import main
 from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError
 from llama31_core.training import checkpoints
-from llama31_core.training.checkpoints import Checkpoints, ModelFiles, TrainerState
+from llama31_core.training.checkpoints import Checkpoints, ModelFiles, TrainerState, load_checkpoint
 
 STEPS = 6
 CONFIG = ModelConfig.preset("tiny")
@@ -131,6 +133,61 @@ def test_a_kill_at_any_moment_loses_at_most_the_step_since_the_last_checkpoint(
         assert saved >= before
         before = saved
     assert before > 0
+
+
+# What is done to files while a checkpoint is written and the one before it removed, as Python's audit hooks call it.
+OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
+
+
+def ends_before_operation(number: int, save: Callable[[], None]) -> bool:
+    """Let a child do something, and kill it at its operation `number` on files; whether it had ended before."""
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return not os.WIFSIGNALED(status)
+    count = itertools.count()
+
+    def kill(event: str, arguments: object) -> None:
+        if event in OPERATIONS and next(count) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        sys.addaudithook(kill)
+        save()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_a_kill_at_any_operation_on_files_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Kills one after the other at every point of a save: the newest checkpoint is the one before, or the new one."""
+    values = {n: ({"w": np.full(8, n, np.float32)}, {"adam_mean.w": np.full(8, n + 0.5, np.float32)}) for n in (1, 2)}
+
+    def save(directory: Path, step: int) -> None:
+        kept = Checkpoints(directory, ModelFiles(tmp_path, CONFIG), keep=1, is_async=False)
+        kept.save(*values[step], TrainerState(step, step, 1.0, 0, {}))
+
+    found: list[int] = []
+    has_ended = False
+    while not has_ended:
+        directory = tmp_path / str(len(found))
+        save(directory, 1)
+        has_ended = ends_before_operation(len(found), partial(save, directory, 2))
+        kept = Checkpoints(directory, ModelFiles(tmp_path, CONFIG), keep=1, is_async=False)
+        newest = kept.newest()
+        assert newest is not None
+        moments, state = load_checkpoint(newest, {"adam_mean.w": (8,)})
+        assert newest.name == f"step_{state.step:08d}"
+        np.testing.assert_array_equal(moments["adam_mean.w"], values[state.step][1]["adam_mean.w"])
+        np.testing.assert_array_equal(weights(newest)["w"], values[state.step][0]["w"])
+        assert json.loads((newest / "manifest.json").read_text())["files"].keys() >= {"model.safetensors"}
+        kept.clean()
+        assert not list(directory.glob(".*"))
+        found.append(state.step)
+    assert found == sorted(found)  # once it is there it stays
+    assert set(found) == {1, 2}
+    assert len(found) > 50
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with
 
 from llama31_core.checkpoint.names import spell
 from llama31_core.config import ModelConfig
+from llama31_core.precision import Precision
 from llama31_core.training.attention import BlockwiseAttention
 from llama31_core.training.backprop import Backprop
 from llama31_core.training.batch import Batch
@@ -30,6 +31,7 @@ STEPS, PEAK, DECAY, MAX_NORM = 20, 3e-3, 0.1, 1.0
 # Adam divides a gradient by its own size, so where a gradient is nothing but rounding error its sign decides a whole
 # step. An epsilon above that error keeps such elements out of the comparison.
 EPS = 1e-6
+FLOAT32, FLOAT16 = Precision(), Precision("float32", "float16")
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +60,8 @@ class Compiled:
         self.optimizer.load({name: np.zeros(shape, np.float32) for name, shape in shapes}, 0)
 
 
-def compile_tiny(config: ModelConfig) -> Compiled:
-    weights = TrainedWeights(config, BlockwiseAttention)
+def compile_tiny(config: ModelConfig, precision: Precision = FLOAT32) -> Compiled:
+    weights = TrainedWeights(config, BlockwiseAttention, precision=precision)
     weights.load(lambda name: np.zeros(weights.shape(name), np.float32))
     optimizer = AdamW(weights, beta1=0.9, beta2=0.95, eps=EPS, weight_decay=DECAY)
     return Compiled(weights, Backprop(weights, Objective(), "none"), optimizer)
@@ -229,6 +231,33 @@ def test_an_overflow_changes_nothing_and_lowers_the_scale(
     assert not step([random_batch(1)], 1e-3).is_overflow
     assert scale.value == 2048.0
     assert optimizer.num_updates == 2
+
+
+def test_products_in_float16_train_weights_in_float32(
+    random_weights: Callable[..., Weights], compiled: Compiled
+) -> None:
+    """A scale that overflows float16 is lowered until it does not; then losses are near those of float32 products."""
+    weights = random_weights(ModelConfig.preset("tiny"))
+    half = compile_tiny(ModelConfig.preset("tiny"), FLOAT16)
+    half.restart(weights)
+    step = TrainStep(half.backprop, half.optimizer, max_norm=1.0, loss_scale=LossScale(2.0**24, factor=16.0))
+    results = [step([random_batch(i)], 1e-3) for i in range(8)]
+    taken = [i for i, result in enumerate(results) if not result.is_overflow]
+    assert 4 <= len(taken) < 8
+    assert taken[0] > 0
+    assert half.optimizer.num_updates == len(taken)
+    assert {gradient.dtype for gradient in half.backprop.gradients.values()} == {ms.float32}
+
+    compiled.restart(weights)
+    exact = TrainStep(compiled.backprop, compiled.optimizer, max_norm=1.0)
+    for i in taken:
+        want = exact([random_batch(i)], 1e-3)
+        # float16 has 11 bits; an error of 5e-4 a product, over some ten of them in a row.
+        assert results[i].loss == pytest.approx(want.loss, rel=2e-3)
+        assert results[i].grad_norm == pytest.approx(want.grad_norm, rel=1e-2)
+    for name, value in half.weights.arrays():
+        assert value.dtype == np.float32
+        assert (value != value.astype(np.float16)).mean() > 0.5, name
 
 
 def test_a_scaled_loss_gives_the_same_step(random_weights: Callable[..., Weights], compiled: Compiled) -> None:

@@ -27,6 +27,7 @@ from llama31_core.parallel.schedule import Action, plan_pipeline
 from llama31_core.parallel.sequence import own_tokens, ring_biases
 from llama31_core.parallel.transport import transport
 from llama31_core.parallel.vocabulary import SplitVocabulary
+from llama31_core.precision import Precision
 from llama31_core.training.backprop import Backprop, Kept
 from llama31_core.training.batch import Batch
 from llama31_core.training.block import Recompute
@@ -37,12 +38,13 @@ from llama31_core.training.weights import TrainedWeights
 Key = tuple[int, int]  # part, micro-batch
 
 
-def build_weights(config: ModelConfig, groups: Groups) -> TrainedWeights:
+def build_weights(config: ModelConfig, groups: Groups, precision: Precision) -> TrainedWeights:
     """The rank's part of a model, without values yet."""
     layers = ParallelLayers(config, groups.parallel, groups)
     cp = groups.axis("cp")
-    core = attention_core(config) if cp.is_alone else partial(RingAttention, cp)
-    weights = TrainedWeights(config, core, layers, held=plan_shards(config, groups.parallel, groups.rank))
+    core = attention_core(config, precision) if cp.is_alone else partial(RingAttention, cp)
+    held = plan_shards(config, groups.parallel, groups.rank)
+    weights = TrainedWeights(config, core, layers, precision=precision, held=held)
     layers.prepare_head(weights.template.model.norm_out)
     return weights
 
@@ -184,7 +186,7 @@ class MeshBackprop(Backprop):
     def _empty(self, own: Batch) -> Tensor:
         batch, tokens = own.tokens.shape
         tokens //= self._parallel.tp if self._by_tokens else 1
-        return Tensor(np.zeros((batch, tokens, self._weights.config.dim), np.float32))
+        return Tensor(np.zeros((batch, tokens, self._weights.config.dim), np.float32), self._weights.compute_dtype)
 
     def _whole(self, x_BTE: Tensor) -> Tensor:
         """All tokens of the rank's cp place, which the head takes."""

@@ -13,11 +13,14 @@ from llama31_core.parallel.groups import Groups
 from llama31_core.parallel.layout import ParameterShard, plan_shards
 from llama31_core.parallel.mesh import ParallelConfig
 from llama31_core.parallel.zero import MeshAdamW
+from llama31_core.precision import Precision
 from llama31_core.training.block import Recompute
 from llama31_core.training.head import Objective
 from llama31_core.training.loss_scale import LossScale
 from llama31_core.training.step import TrainStep
 from llama31_core.training.weights import TrainedWeights
+
+_FLOAT32 = Precision()
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def check_trainable(config: ModelConfig, parallel: ParallelConfig) -> None:
         )
 
 
-def build_replica(config: ModelConfig, parallel: ParallelConfig, rank: int) -> Replica:
+def build_replica(config: ModelConfig, parallel: ParallelConfig, rank: int, precision: Precision = _FLOAT32) -> Replica:
     """A rank's part, its weights still without values. All ranks call this at the same point of a program.
 
     Raises:
@@ -80,4 +83,4 @@ def build_replica(config: ModelConfig, parallel: ParallelConfig, rank: int) -> R
     shards = plan_shards(config, parallel, rank)
     groups = Groups(parallel, rank, config.n_kv_heads)
     plans = {name: plan_gradient(shard, config, parallel) for name, shard in shards.items()}
-    return Replica(groups, shards, plans, build_weights(config, groups), MeshReduction(groups, plans))
+    return Replica(groups, shards, plans, build_weights(config, groups, precision), MeshReduction(groups, plans))

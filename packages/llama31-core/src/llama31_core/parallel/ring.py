@@ -64,7 +64,7 @@ class RingAttention(nn.Cell):  # type: ignore[misc]
             logsumexp = merged
             if step + 1 < self._size:
                 kv = self._shift(kv)
-        return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * width)
+        return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * width).astype(q_BTHD.dtype)
 
     def gradients(
         self,
@@ -85,7 +85,8 @@ class RingAttention(nn.Cell):  # type: ignore[misc]
         q = self._by_kv_head(q_BTHD, kv_heads) * scale
         own_keys = self._by_head(k_BTKD)
         d_out = self._by_kv_head(d_out_BTE.reshape(q_BTHD.shape), kv_heads)
-        d_out_sums = (d_out * self._by_kv_head(out_BTE.reshape(q_BTHD.shape), kv_heads)).sum(axis=-1)
+        out = self._by_kv_head(out_BTE.reshape(q_BTHD.shape), kv_heads).astype(ms.float32)
+        d_out_sums = (d_out * out).sum(axis=-1)
         logsumexp = self._all_logsumexps(q, own_keys, biases_Bts)
         kv = ops.depend(ops.stack((own_keys, self._by_head(v_BTKD))), logsumexp)
         dq, dkv = ops.zeros_like(q), ops.zeros_like(kv)
@@ -96,10 +97,10 @@ class RingAttention(nn.Cell):  # type: ignore[misc]
             scores = self._scores(own_q, keys, biases_Bts[step])
             weights = ops.exp(scores - _take(own, logsumexp, 3).expand_dims(-1))
             d_weights = self._product_tb(_flat(own_d_out), values).reshape(weights.shape)
-            d_scores = weights * (d_weights - _take(own, d_out_sums, 3).expand_dims(-1))
+            d_scores = (weights * (d_weights - _take(own, d_out_sums, 3).expand_dims(-1))).astype(q.dtype)
             dq = dq + _pad(own, self._product(_flat(d_scores), keys).reshape(own_q.shape), 3, 0.0)
             dk = self._product_ta(_flat(d_scores), _flat(own_q))
-            dv = self._product_ta(_flat(weights), _flat(own_d_out))
+            dv = self._product_ta(_flat(weights).astype(q.dtype), _flat(own_d_out))
             dkv = dkv + _pad(others, ops.stack((dk, dv)), 3, 0.0)
             # What keys have gathered goes round with them, and is home again after the last step.
             if step + 1 < self._size:

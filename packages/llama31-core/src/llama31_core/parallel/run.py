@@ -25,6 +25,7 @@ from llama31_core.run_config import RunConfig
 from llama31_core.training.backprop import Backprop
 from llama31_core.training.block import Recompute
 from llama31_core.training.dataset import find_records
+from llama31_core.training.device import training_precision
 from llama31_core.training.head import Objective
 from llama31_core.training.lora import Lora
 from llama31_core.training.optim import AdamW
@@ -85,7 +86,7 @@ class MeshRanks:
         parallel = run.parallel
         check_sequence(parallel, run.model_section.seq_length)
         self._config, self._rank = config, rank
-        self._replica = build_replica(config, parallel, rank)
+        self._replica = build_replica(config, parallel, rank, training_precision(run.model_section.compute_dtype))
         self._world = self._replica.groups.world()
         self.data_rank, self.num_data_ranks = self._replica.groups.at.dp, parallel.dp
         self.replica_size = parallel.world_size // parallel.dp

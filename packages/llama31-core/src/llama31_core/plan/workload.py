@@ -79,7 +79,7 @@ class TrainWorkload:
             run.runner_config.batch_size,
             micro_batches,
             run.recompute_config.policy,
-            section.param_init_type,
+            "float32",  # the trainer's weights, whatever param_init_type says: training/device.py
             section.compute_dtype,
             run.runner_wrapper.ema_decay is not None,
         )

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import Tensor, nn, ops
 
+from llama31_core.model import CausalAttention
 from llama31_core.training.masks import bias
 from llama31_core.training.pieces import query_blocks
 
@@ -24,6 +25,15 @@ def attention_biases(segment_ids_BT: npt.NDArray[np.int32]) -> list[npt.NDArray[
     """What is added to the scores of each block of queries, (B, C, S). Computed once a batch, for all layers."""
     blocks = query_blocks(segment_ids_BT.shape[1])
     return [bias(segment_ids_BT, np.arange(start, stop), np.arange(stop)) for start, stop in blocks]
+
+
+class FusedAttention(CausalAttention):
+    """Grouped-query attention as one operator of the device, which has gradients of its own. Context: segment ids."""
+
+    @staticmethod
+    def context(segment_ids_BT: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
+        """What follows the positions in a call."""
+        return [segment_ids_BT]
 
 
 class BlockwiseAttention(nn.Cell):  # type: ignore[misc]

@@ -33,14 +33,32 @@ class Kept:
     activations: tuple[Tensor, ...]
 
 
+class _Embed(nn.Cell):  # type: ignore[misc]
+    """Token ids to vectors in the type that is computed in."""
+
+    def __init__(self, embedding: nn.Cell, dtype: ms.Type) -> None:
+        super().__init__(auto_prefix=False)
+        self.embedding = embedding
+        self._dtype = dtype
+
+    @property
+    def weight(self) -> Parameter:
+        """The table."""
+        return self.embedding.embedding_weight
+
+    def construct(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T, E)."""
+        return self.embedding(tokens_BT).astype(self._dtype)
+
+
 class _EmbeddingGradient(nn.Cell):  # type: ignore[misc]
     """Adds the gradient of the embedding to `gradient` in place."""
 
-    def __init__(self, embedding: nn.Cell, gradient: Parameter) -> None:
+    def __init__(self, embedding: _Embed, gradient: Parameter) -> None:
         super().__init__(auto_prefix=False)
         self.embedding = embedding
         self.gradient = gradient
-        self._weights = ParameterTuple([embedding.embedding_weight])
+        self._weights = ParameterTuple([embedding.weight])
         self._backward = ops.GradOperation(get_by_list=True, sens_param=True)
 
     def construct(self, tokens_BT: Tensor, d_x_BTE: Tensor) -> Tensor:
@@ -96,7 +114,7 @@ class Backprop:
         self._weights = weights
         self.gradients: dict[str, Tensor] = {}
         model = weights.template.model
-        self._embed, self._rope = model.tok_embeddings, model.rope
+        self._embed, self._rope = _Embed(model.tok_embeddings, weights.compute_dtype), model.rope
         self._forward = BlockForward(weights.block, recompute)
         self._backward = BlockBackward(self._forward, recompute)
         self._head: HeadGradient | None = None
@@ -116,7 +134,7 @@ class Backprop:
             cell.set_train()
 
     def _build_embedding_gradient(self) -> _EmbeddingGradient | None:
-        embedding = self._embed.embedding_weight
+        embedding = self._embed.weight
         if not embedding.requires_grad or embedding.name not in self._weights.outer_parameters:
             return None
         if embedding.name not in self._buffers:
@@ -164,12 +182,12 @@ class Backprop:
         """Summed loss, and the gradient of x times `scale`."""
         assert self._head is not None
         x_NE = x_BTE.reshape(-1, x_BTE.shape[-1])
-        d_x_NE = ops.zeros_like(x_NE)
+        d_x_NE = ops.zeros_like(x_NE).astype(ms.float32)
         totals = []
         for chunk in self._chunks(batch):
             total, d_x_NE = self._head(x_NE, d_x_NE, *chunk, Tensor(scale, ms.float32))
             totals.append(total)
-        return float(sum(float(total) for total in totals)), d_x_NE.reshape(x_BTE.shape)
+        return float(sum(float(total) for total in totals)), d_x_NE.astype(x_BTE.dtype).reshape(x_BTE.shape)
 
     def _run_head_loss(self, batch: Batch, x_BTE: Tensor) -> float:
         x_NE = x_BTE.reshape(-1, x_BTE.shape[-1])

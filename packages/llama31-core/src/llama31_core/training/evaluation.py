@@ -18,6 +18,7 @@ from llama31_core.lora.table import adaptable_shapes, check_fits
 from llama31_core.training.backprop import Backprop
 from llama31_core.training.batch import IGNORED_LABEL
 from llama31_core.training.dataset import MindRecordDataset
+from llama31_core.training.device import training_precision
 from llama31_core.training.head import Objective
 from llama31_core.training.lora import Lora, LoraTrainedLayers
 from llama31_core.training.native_attention import attention_core
@@ -70,7 +71,8 @@ def load_for_evaluation(model_dir: Path, adapter_dir: Path | None = None) -> Bac
         check_fits(adapter, adaptable_shapes(config), adapter.rank)
         changes = dict(adapter.changes)
     nothing = LoraTrainedLayers(Lora((), rank=1, alpha=1.0))  # all frozen, so that there are no gradients to hold
-    weights = TrainedWeights(config, attention_core(config), nothing)
+    precision = training_precision()
+    weights = TrainedWeights(config, attention_core(config, precision), nothing, precision=precision)
     with open_weights(model_dir) as reader:
         check_weights(reader, config)
 

@@ -7,6 +7,7 @@ matrices are merged for the occasion.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import mindspore as ms
 from mindspore.nn.utils import no_init_parameters
@@ -43,7 +44,7 @@ class SampleGenerator:
         self._params = SamplingParams(max_tokens=max_tokens, temperature=0)
         blocks = sum(-(-(len(prompt) + max_tokens + 1) // _BLOCK_SIZE) for prompt in self._prompts)
         options = EngineOptions(num_blocks=blocks, block_size=_BLOCK_SIZE, max_batch_size=max(1, len(self._prompts)))
-        self._plan = EnginePlan.make(weights.config, options)
+        self._plan = EnginePlan.make(weights.config, options, weights.precision)
         for prompt in self._prompts:
             self._plan.check_request(prompt, self._params)
         self._runner: GraphRunner | None = None
@@ -61,7 +62,9 @@ class SampleGenerator:
     def _build(self) -> GraphRunner:
         config, cache = self._weights.config, self._plan.cache
         with no_init_parameters():
-            llama = Llama(config, lambda: PagedAttention(config, cache.num_blocks, cache.block_size))
+            dtype = self._weights.compute_dtype
+            core = partial(PagedAttention, config, cache.num_blocks, cache.block_size, dtype)
+            llama = Llama(config, core, compute_dtype=dtype)
         clear_caches(llama)
         self._point(llama)
         ms.set_context(mode=ms.GRAPH_MODE)

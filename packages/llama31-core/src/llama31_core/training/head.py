@@ -156,22 +156,29 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
     def construct(
         self, x_NE: Tensor, d_x_NE: Tensor, places_C: Tensor, labels_C: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Summed loss of the labels, and `d_x_NE` with the gradient, times `scale`, of this chunk's tokens added."""
+        """Summed loss of the labels, and `d_x_NE`, float32, with the gradient of this chunk's tokens added.
+
+        It is times `scale`. Products are in the type of x; what is summed over chunks is float32.
+        """
         x_CE = ops.gather(x_NE, places_C, 0)
+        dtype = x_CE.dtype
         total, normed_CE, d_logits_CV, factors_C = self._differentiate(x_CE, labels_C)
         ones_1E = ops.ones((1, x_CE.shape[1]), ms.float32)
         factors_CE = self._product((factors_C * scale).reshape(-1, 1), ones_1E)
-        d_normed_CE = self._product(d_logits_CV, self.loss.weight.astype(ms.float32)) * factors_CE
+        d_logits_CV = d_logits_CV.astype(dtype)
+        d_normed_CE = self._product(d_logits_CV, self.loss.weight.astype(dtype)).astype(ms.float32) * factors_CE
+        d_normed_CE = d_normed_CE.astype(dtype)
         if self.trains_norm:
             d_inputs, d_weights = self._norm_gradient(self.loss.norm, self._norm_weights)(x_CE, d_normed_CE)
             added = ops.assign_add(self.gradients[-1], d_weights[0])
         else:
             d_inputs = self._norm_gradient(self.loss.norm)(x_CE, d_normed_CE)
             added = total
-        d_rows = ops.depend(d_inputs[0], added)
+        d_rows = ops.depend(d_inputs[0].astype(ms.float32), added)
         if self.trains_weight:
-            d_weight = self._product_ta(d_logits_CV, normed_CE.astype(ms.float32) * factors_CE)
-            d_rows = ops.depend(d_rows, ops.assign_add(self.gradients[0], d_weight))
+            scaled_CE = (normed_CE.astype(ms.float32) * factors_CE).astype(dtype)
+            d_weight = self._product_ta(d_logits_CV, scaled_CE)
+            d_rows = ops.depend(d_rows, ops.assign_add(self.gradients[0], d_weight.astype(ms.float32)))
         return total, ops.tensor_scatter_add(d_x_NE, places_C.reshape(-1, 1), d_rows)
 
     def _differentiate(self, x_CE: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,14 +17,18 @@ from llama31_core.config import ModelConfig
 from llama31_core.inference.runner import native_kernels_here
 from llama31_core.kernels.native.operator import native_operator
 from llama31_core.model.attention import AttentionCore
-from llama31_core.training.attention import BlockwiseAttention
+from llama31_core.precision import Precision
+from llama31_core.training.attention import BlockwiseAttention, FusedAttention
 
 _WIDTH = 16  # numbers in a vector
+_FLOAT32 = Precision()
 
 
-def attention_core(config: ModelConfig) -> AttentionCore:
+def attention_core(config: ModelConfig, precision: Precision = _FLOAT32) -> AttentionCore:
     """How training attends on this machine."""
-    fits = config.head_dim % _WIDTH == 0 and native_kernels_here()
+    if ms.get_context("device_target") == "Ascend":
+        return FusedAttention
+    fits = precision == _FLOAT32 and config.head_dim % _WIDTH == 0 and native_kernels_here()
     return NativeAttention if fits else BlockwiseAttention
 
 

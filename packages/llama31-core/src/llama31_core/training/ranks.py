@@ -13,6 +13,7 @@ from llama31_core.config import ModelConfig
 from llama31_core.run_config import RunConfig
 from llama31_core.training.backprop import Backprop
 from llama31_core.training.block import Recompute
+from llama31_core.training.device import training_precision
 from llama31_core.training.head import Objective
 from llama31_core.training.lora import Lora, LoraTrainedLayers
 from llama31_core.training.native_attention import attention_core
@@ -79,7 +80,8 @@ class Alone:
         self, run: RunConfig, config: ModelConfig, lora: Lora | None, resumed: Path | None
     ) -> TrainedWeights:
         layers = None if lora is None else LoraTrainedLayers(lora)
-        weights = TrainedWeights(config, attention_core(config), layers)
+        precision = training_precision(run.model_section.compute_dtype)
+        weights = TrainedWeights(config, attention_core(config, precision), layers, precision=precision)
         load_values(weights, Path(run.load_checkpoint), lora, resumed, run.seed)
         return weights
 

@@ -17,6 +17,7 @@ from llama31_core.lora.adapter import read_adapter
 from llama31_core.run_config import RunConfig
 from llama31_core.run_config.training import DatasetConfig
 from llama31_core.training.dataset import MindRecordDataset
+from llama31_core.training.device import training_precision
 from llama31_core.training.lora import Lora, adapted_modules, adapter_values, first_values, is_change
 from llama31_core.training.weights import TrainedWeights
 
@@ -35,6 +36,7 @@ def check_run(run: RunConfig, source: str, num_ranks: int) -> None:
         raise ConfigError(f"{source}: eval_dataset.data_loader.dataset_dir is empty; set it, or do_eval=False")
     if run.eval_prompts and not run.do_eval:
         raise ConfigError(f"{source}: eval_prompts are completed at evaluations; set do_eval=True")
+    training_precision(run.model_section.compute_dtype)
     if run.parallel.world_size != num_ranks:
         raise ConfigError(f"{source}: parallel_config makes {run.parallel.world_size} ranks, {num_ranks} are there")
     if num_ranks > 1 and run.eval_prompts:

@@ -226,7 +226,7 @@ class Trainer:
             epoch, done = epoch + 1, 0
 
     def _take_step(self, index: int, batches: list[Batch]) -> StepReport:
-        peak = measure_flops_per_s()
+        peak = measure_flops_per_s(self._weights.compute_dtype)
         started = time.perf_counter()
         scale, rate = self._step.loss_scale.value, self._plan.rate(index)
         result = self._step(batches, rate)

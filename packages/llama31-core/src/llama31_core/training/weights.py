@@ -21,9 +21,11 @@ from llama31_core.inference.runner import native_kernels_here
 from llama31_core.model import Llama
 from llama31_core.model.attention import AttentionCore
 from llama31_core.model.layers import Layers
+from llama31_core.precision import Precision
 from llama31_core.training.native_rows import fuse_rows
 
 _FIRST = "model.layers.0."
+_FLOAT32 = Precision()
 
 
 class TrainedWeights:
@@ -33,9 +35,11 @@ class TrainedWeights:
         config: the architecture.
         core: builds the layer's attention.
         layers: builds what holds weights; whole layers if None.
+        precision: of what is computed; the weights are float32.
         held: names of the weights that are here, for a stage of a pipeline; all if None.
 
     Attributes:
+        compute_dtype: of products and of what flows between layers.
         has_native_rows: whether the native kernels compute what stands between products.
     """
 
@@ -45,13 +49,16 @@ class TrainedWeights:
         core: AttentionCore,
         layers: Layers | None = None,
         *,
+        precision: Precision = _FLOAT32,
         held: Collection[str] | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.precision = config, precision
+        self.compute_dtype: ms.Type = getattr(ms, precision.compute)
         is_cpu = ms.get_context("device_target") == "CPU"
         with no_init_parameters(), kernels.use("products") if is_cpu else nullcontext():
-            self.template = Llama(config.model_copy(update={"n_layers": 1}), core, layers)
-        self.has_native_rows = native_kernels_here(warns=False)  # the attention has said why not
+            self.template = Llama(config.model_copy(update={"n_layers": 1}), core, layers, self.compute_dtype)
+        # If they cannot run, the attention has said why.
+        self.has_native_rows = precision == _FLOAT32 and native_kernels_here(warns=False)
         if self.has_native_rows:
             fuse_rows(self.template)
         self.block: nn.Cell = self.template.model.layers[0]
