@@ -60,7 +60,8 @@ def losses(model_dir: Path, pieces: list[list[int]]) -> Floats:
     results = engine.generate(pieces, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
     found = [[-token.logprob for token in result.prompt_logprobs or () if token is not None] for result in results]
     assert all(len(of_piece) == _LENGTH - 1 for of_piece in found)
-    return np.array(found).mean(axis=1)
+    means: Floats = np.array(found).mean(axis=1)
+    return means
 
 
 def models(
