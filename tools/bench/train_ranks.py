@@ -2,8 +2,9 @@
 
 `python tools/bench/train_ranks.py` runs `llama31-core finetune` on a model of random weights, alone and under
 msrun_launcher.sh, in turns, and prints tokens/s of all ranks; 1.00 is twice as much with two ranks. Beside them, two
-runs of one rank each at once, which share nothing but the machine: what two ranks could reach at most. The first two
-steps of each run are left out: they compile.
+runs of one rank each at once, which share nothing but the machine: what two ranks could reach at most. A rank is kept
+on a core of its own, because MindSpore has as many threads as there are cores, whatever OMP_NUM_THREADS says. The first
+two steps of each run are left out: they compile.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from llama31_core.checkpoint.dtypes import Array
 
 ROOT = Path(__file__).resolve().parents[2]
 _NUM_RANKS, _WARM_UP = 2, 2
+_CORE = "LLAMA31_BENCH_CORE"
 
 
 def make_inputs(folder: Path, size: str, tokens: int, num_records: int) -> None:
@@ -53,7 +55,17 @@ def make_inputs(folder: Path, size: str, tokens: int, num_records: int) -> None:
     writer.commit()
 
 
-def start_run(folder: Path, name: str, ranks: int, batch: int, tokens: int, steps: int) -> subprocess.Popen[str]:
+def run_on_a_core(arguments: list[str]) -> int:
+    """`llama31-core` on the core of the rank's number."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ.get("RANK_ID") or os.environ[_CORE])]})
+    from llama31_core.cli import main
+
+    return main(arguments)
+
+
+def start_run(
+    folder: Path, name: str, core: int, ranks: int, batch: int, tokens: int, steps: int
+) -> subprocess.Popen[str]:
     run_file, output = ROOT / "configs" / "finetune_smollm2_135m.yaml", folder / name
     values = {
         "load_checkpoint": folder / "model",
@@ -66,7 +78,14 @@ def start_run(folder: Path, name: str, ranks: int, batch: int, tokens: int, step
         "use_parallel": ranks > 1,
         "parallel_config.data_parallel": ranks,
     }
-    program = [sys.executable, "-m", "llama31_core", "finetune", run_file, *(f"{k}={v}" for k, v in values.items())]
+    program = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--on-a-core",
+        "finetune",
+        run_file,
+        *(f"{k}={v}" for k, v in values.items()),
+    ]
     command = list(map(str, program))
     if ranks > 1:
         with socket.socket() as probe:
@@ -74,7 +93,12 @@ def start_run(folder: Path, name: str, ranks: int, batch: int, tokens: int, step
             port = probe.getsockname()[1]
         launcher = ["bash", str(ROOT / "tools" / "msrun_launcher.sh"), " ".join(command), str(ranks), str(port)]
         command = [*launcher, str(folder / f"{name}_log"), "True", "120"]
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "LLAMA31_NUM_THREADS": "1", "PYTHON": sys.executable}
+    variables = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "LLAMA31_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
+        _CORE: str(core),
+    }
     return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -103,7 +127,7 @@ def main() -> None:
             for kind in sorted(times, reverse=bool(number % 2)):
                 copies, ranks = programs[kind]
                 names = [f"{kind}_{number}_{copy}" for copy in range(copies)]
-                runs = [start_run(folder, name, ranks, batch, tokens, steps) for name in names]
+                runs = [start_run(folder, name, core, ranks, batch, tokens, steps) for core, name in enumerate(names)]
                 for name, run in zip(names, runs, strict=True):
                     times[kind] += step_times(folder, name, run)
     step_s = {kind: median(found) for kind, found in times.items()}
@@ -116,4 +140,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--on-a-core"]:
+        sys.exit(run_on_a_core(sys.argv[2:]))
     main()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from llama31_core import kernels
 from llama31_core.config import ModelConfig
 from llama31_core.model.embedding import TokenEmbedding
 from llama31_core.model.layers import Layers
@@ -31,7 +30,7 @@ class RowParallelLinear(Linear):
 
     def construct(self, x: Tensor) -> Tensor:
         """Map a rank's part (..., in_features) of x to (..., out_features)."""
-        return self._leave(kernels.linear(x, self.weight))
+        return self._leave(self._multiply(x, self.weight))
 
 
 class VocabParallelEmbedding(TokenEmbedding):

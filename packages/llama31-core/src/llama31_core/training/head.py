@@ -18,6 +18,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from llama31_core.model import Llama
 from llama31_core.training.batch import IGNORED_LABEL
+from llama31_core.training.native_products import NativeProducts
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,12 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
         loss: what is differentiated.
         cross_entropy: losses (C,) and the gradients of logits (C, V) in one; for a plain objective over a whole
             vocabulary. None computes them from the log-probabilities.
+        products: what multiplies with the output matrix; None for MindSpore's operator.
     """
 
-    def __init__(self, loss: HeadLoss, cross_entropy: ops.Custom | None = None) -> None:
+    def __init__(
+        self, loss: HeadLoss, cross_entropy: ops.Custom | None = None, products: NativeProducts | None = None
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.loss = loss
         self._is_fused = cross_entropy is not None
@@ -144,7 +148,10 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
         buffers = [Parameter(Tensor(np.zeros(s, np.float32)), f"head_gradient_{i}") for i, s in enumerate(shapes)]
         self.gradients = ParameterTuple(buffers)
         self._product = ops.MatMul()
-        self._product_ta = ops.MatMul(transpose_a=True)
+        self._input_product, self._weight_product = self._product, ops.MatMul(transpose_a=True)
+        if products is not None:
+            loss._product_tb = products.linear
+            self._input_product, self._weight_product = products.input_gradient, products.weight_gradient
         self._norm_weights = ParameterTuple([loss.norm.weight] if self.trains_norm else [])
         self._norm_gradient = ops.GradOperation(get_all=True, get_by_list=self.trains_norm, sens_param=True)
 
@@ -166,7 +173,7 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
         ones_1E = ops.ones((1, x_CE.shape[1]), ms.float32)
         factors_CE = self._product((factors_C * scale).reshape(-1, 1), ones_1E)
         d_logits_CV = d_logits_CV.astype(dtype)
-        d_normed_CE = self._product(d_logits_CV, self.loss.weight.astype(dtype)).astype(ms.float32) * factors_CE
+        d_normed_CE = self._input_product(d_logits_CV, self.loss.weight.astype(dtype)).astype(ms.float32) * factors_CE
         d_normed_CE = d_normed_CE.astype(dtype)
         if self.trains_norm:
             d_inputs, d_weights = self._norm_gradient(self.loss.norm, self._norm_weights)(x_CE, d_normed_CE)
@@ -177,7 +184,7 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
         d_rows = ops.depend(d_inputs[0].astype(ms.float32), added)
         if self.trains_weight:
             scaled_CE = (normed_CE.astype(ms.float32) * factors_CE).astype(dtype)
-            d_weight = self._product_ta(d_logits_CV, scaled_CE)
+            d_weight = self._weight_product(d_logits_CV, scaled_CE)
             d_rows = ops.depend(d_rows, ops.assign_add(self.gradients[0], d_weight.astype(ms.float32)))
         return total, ops.tensor_scatter_add(d_x_NE, places_C.reshape(-1, 1), d_rows)
 

@@ -22,6 +22,7 @@ from llama31_core.model import Llama
 from llama31_core.model.attention import AttentionCore
 from llama31_core.model.layers import Layers
 from llama31_core.precision import Precision
+from llama31_core.training.native_products import NativeProducts
 from llama31_core.training.native_rows import fuse_rows
 
 _FIRST = "model.layers.0."
@@ -41,6 +42,7 @@ class TrainedWeights:
     Attributes:
         compute_dtype: of products and of what flows between layers.
         has_native_rows: whether the native kernels compute what stands between products.
+        products: those of the native kernels, which the layer has; None where MindSpore's operator multiplies.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class TrainedWeights:
             self.template = Llama(config.model_copy(update={"n_layers": 1}), core, layers, self.compute_dtype)
         # If they cannot run, the attention has said why.
         self.has_native_rows = precision == _FLOAT32 and native_kernels_here(warns=False)
-        if self.has_native_rows:
+        self.products = NativeProducts() if self.has_native_rows else None
+        if self.products is not None:
             fuse_rows(self.template)
+            self.products.replace_in(self.template)
         self.block: nn.Cell = self.template.model.layers[0]
         self.block_parameters: dict[str, Parameter] = {}
         self.outer_parameters: dict[str, Parameter] = {}
