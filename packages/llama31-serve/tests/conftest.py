@@ -132,7 +132,7 @@ def serve(text_model: TextModel, no_leaks: None) -> Serve:
         await server.start()
         try:
             await server.load()
-            asking = {"timeout_s": 20.0, "max_attempts": 1, **(client_options or {})}
+            asking = {"timeout_s": 120.0, "max_attempts": 1, **(client_options or {})}
             async with AsyncClient(server.address, **asking) as client:
                 running = Running(server, echo, client)
                 yield running

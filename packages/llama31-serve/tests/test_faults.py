@@ -121,7 +121,7 @@ async def test_slow_reader_costs_no_more_than_its_own_tokens(serve: Serve) -> No
             await anext(stream)
             quick = await running.client.generate("xy", max_tokens=4)  # nobody else waits for the slow one
             assert quick.text == "xyxy"
-            await running.until(lambda: running.engine.num_requests == 0, timeout_s=30)
+            await running.until(lambda: running.engine.num_requests == 0)
             messages = 0
             async for _ in stream:
                 messages += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from llama31_serve import Client
 from llama31_serve.cli import build_parser, main
-from llama31_serve.commands.replicas import plan_processes, read_start_flags
+from llama31_serve.commands.replicas import plan_processes, read_start_flags, say
 from llama31_serve.errors import StartError
 from llama31_serve.server.start_settings import read_settings
 from llama31_serve.supervisor import Supervisor, start_command
@@ -153,6 +154,18 @@ def test_numbers_of_processes(tmp_path: Path) -> None:
     config.write_text('{"BackendConfig": {"ModelDeployConfig": {"ModelConfig": [{"worldSize": "2"}]}}}')
     with pytest.raises(StartError, match="worldSize is '2', expected a number"):
         plan(1, "--config", str(config))
+
+
+class Unread(io.StringIO):
+    """Standard output whose reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_servers_go_on_when_nobody_reads_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", Unread())
+    say("All 2 serve")
 
 
 def test_ports_are_raised(tmp_path: Path) -> None:
