@@ -50,6 +50,20 @@ def _refusing_pwrite() -> Callable[..., int]:
     return pwrite
 
 
+def _overtaken_pwrite() -> Callable[..., int]:
+    """Refuses a direct write while the other writer, refused as well, goes over to plain ones."""
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if flags & hashed_file._O_DIRECT:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~hashed_file._O_DIRECT)
+            raise _refused
+        return real(descriptor, data, offset)
+
+    return pwrite
+
+
 def _halving_pwrite() -> Callable[..., int]:
     real = os.pwrite
     return lambda descriptor, data, offset: real(descriptor, data[: max(1, len(data) // 2)], offset)
@@ -72,7 +86,13 @@ def test_any_pieces(sizes: list[int], seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "build"), [("open", _refusing_open), ("pwrite", _refusing_pwrite), ("pwrite", _halving_pwrite)]
+    ("name", "build"),
+    [
+        ("open", _refusing_open),
+        ("pwrite", _refusing_pwrite),
+        ("pwrite", _overtaken_pwrite),
+        ("pwrite", _halving_pwrite),
+    ],
 )
 def test_file_systems_that_refuse_direct_writes(
     name: str, build: Callable[[], Callable[..., int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -111,10 +111,10 @@ def _open(path: Path) -> int:
 def _write_at(descriptor: int, block: memoryview, offset: int) -> None:
     done = 0
     while done < len(block):
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)  # before: the other writer may change them meanwhile
         try:
             done += os.pwrite(descriptor, block[done:], offset + done)
         except OSError as error:
-            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
             if error.errno != errno.EINVAL or not flags & _O_DIRECT:
                 raise
             fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)  # opened, but it wants another alignment
