@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError
 
@@ -116,3 +117,30 @@ def test_what_a_stage_sends_on_goes_to_the_next_one_and_so_does_its_end() -> Non
         with pytest.raises(EOFError, match="has ended"):
             peer.receive()
     assert missed == ["rank 1", "rank 0"]
+
+
+def test_a_stage_that_was_told_to_end_leaves_the_next_one_its_own_farewell() -> None:
+    missed: list[str] = []
+    hub = Hub("127.0.0.1", KEY)
+    made: dict[int, Peer] = {}
+
+    def join(rank: int) -> None:
+        made[rank] = connect("127.0.0.1", hub.port, KEY, rank, missed.append)
+
+    joining = [threading.Thread(target=join, args=(rank,)) for rank in (1, 2)]
+    for thread in joining:
+        thread.start()
+    hub.accept([1, 2], missed.append)
+    for thread in joining:
+        thread.join()
+    hub.peers[1].pass_on([hub.peers[2]])
+    before = threading.active_count()
+    hub.peers[1].send(None)
+    assert made[1].receive() is None
+    made[1].close()
+    deadline_s = time.monotonic() + 30  # until both threads that read between rank 0 and rank 1 have ended
+    while threading.active_count() > before - 2 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    hub.peers[2].send(None)
+    assert made[2].receive() is None
+    assert missed == []

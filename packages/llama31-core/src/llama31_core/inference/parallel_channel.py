@@ -42,6 +42,7 @@ class Peer:
         self._name = name
         self._on_lost = on_lost
         self._closing = threading.Event()
+        self._has_farewell = False
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._targets: Sequence[Peer] = ()
         threading.Thread(target=self._read, name=f"from {name}", daemon=True).start()
@@ -61,8 +62,9 @@ class Peer:
         self._messages.put(_GONE)
         if not self._closing.is_set():
             self._on_lost(self._name)
-        for target in self._targets:
-            target.close()
+        if not self._has_farewell:  # who was told to end leaves the others to be told, too
+            for target in self._targets:
+                target.close()
 
     def pass_on(self, targets: Sequence[Peer]) -> None:
         """Have everything that comes go to other peers, with no `receive`; when this one ends, so do they. To be said
@@ -72,6 +74,7 @@ class Peer:
     def send(self, message: Any) -> None:
         """Send a value; None is the farewell."""
         if message is None:
+            self._has_farewell = True
             self._closing.set()
         try:
             self._connection.send(message)
