@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from free_port import free_port
 
 from llama31_core.checkpoint import parameter_shapes
 from llama31_core.config import ModelConfig
@@ -259,12 +259,9 @@ def run_grid(cases: list[str], ranks: int, log_dir: Path) -> dict[str, dict[str,
         ms.set_context(mode=ms.GRAPH_MODE)
         for case in {CASES[case].reference: CASES[case] for case in cases}.values():
             np.save(directory / f"{case.reference}.npy", np.array(train_alone(case), dtype=object))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         started = [
             "-m", "mindspore.parallel.cluster.run", f"--worker_num={ranks}", f"--local_worker_num={ranks}",
-            f"--master_port={port}", f"--log_dir={log_dir}", "--join=True", "--cluster_time_out=120",
+            f"--master_port={free_port()}", f"--log_dir={log_dir}", "--join=True", "--cluster_time_out=120",
         ]  # fmt: skip
         own = [str(Path(__file__).resolve()), "--rank-of", str(directory), *cases]
         search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # msrun runs "python"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import NamedTuple
 
 import openai
@@ -27,6 +26,7 @@ import openai
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.tokenizer_timing import print_table
+from free_port import free_port
 
 _START_LIMIT_S = 180
 _TOPICS = ("rivers", "bread", "glaciers", "maps", "bridges", "honey", "clocks", "kites", "harbours", "looms")
@@ -34,19 +34,10 @@ _QUESTIONS = [f"Tell me about {topic} in {place}." for place in ("Peru", "Norway
 
 
 class Served(NamedTuple):
-    """What clients saw of a load."""
+    """What clients saw of a load; the time to the first token is the median of its requests."""
 
     tokens_per_s: float
-    first_token_ms: list[float]
-
-    def percentile(self, share: int) -> float:
-        return quantiles(self.first_token_ms, n=100, method="inclusive")[share - 1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    first_token_ms: float
 
 
 @contextmanager
@@ -100,7 +91,7 @@ async def load(address: str, model: str, concurrency: int, requests: int, tokens
     async with openai.AsyncOpenAI(base_url=address, api_key="none", timeout=600, max_retries=0) as client:
         began_s = time.perf_counter()
         await asyncio.gather(*(chat(client, _QUESTIONS[number % len(_QUESTIONS)]) for number in range(requests)))
-        return Served(made / (time.perf_counter() - began_s), first_ms)
+        return Served(made / (time.perf_counter() - began_s), median(first_ms))
 
 
 def main() -> int:
@@ -133,7 +124,7 @@ def main() -> int:
                     )
             ratio = median(a.tokens_per_s / b.tokens_per_s for a, b in zip(*seen.values(), strict=True))
             row = [str(concurrency), *(f"{median(s.tokens_per_s for s in found):.0f}" for found in seen.values())]
-            row += [f"{ratio:.2f}", *(f"{median(s.percentile(50) for s in found):,.0f}" for found in seen.values())]
+            row += [f"{ratio:.2f}", *(f"{median(s.first_token_ms for s in found):,.0f}" for found in seen.values())]
             rows.append(row)
             print(" ".join(row), file=sys.stderr, flush=True)
     header = [

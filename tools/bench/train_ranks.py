@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.tokenizer_timing import print_table
 from bench.train_contenders import model_config
+from free_port import free_port
 
 from llama31_core.checkpoint import parameter_shapes, save_weights
 from llama31_core.checkpoint.dtypes import Array
@@ -88,10 +88,7 @@ def start_run(
     ]
     command = list(map(str, program))
     if ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = ["bash", str(ROOT / "tools" / "msrun_launcher.sh"), " ".join(command), str(ranks), str(port)]
+        launcher = ["bash", str(ROOT / "tools" / "msrun_launcher.sh"), " ".join(command), str(ranks), str(free_port())]
         command = [*launcher, str(folder / f"{name}_log"), "True", "120"]
     variables = os.environ | {
         "OMP_NUM_THREADS": "1",

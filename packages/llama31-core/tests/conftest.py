@@ -19,6 +19,7 @@ from llama31_core.config import ModelConfig
 from llama31_core.inference.engine import Engine
 from llama31_core.inference.runner import GraphRunner, native_kernels_here
 from llama31_core.inference.sum_runner import SumRunner
+from llama31_core.kernels.native import NativeKernelsError, load_library
 from llama31_core.model import Llama, PagedAttention
 
 
@@ -35,6 +36,15 @@ def random_weights() -> Callable[..., dict[str, npt.NDArray[np.float32]]]:
         return weights
 
     return build
+
+
+@pytest.fixture(scope="session")
+def native_kernels() -> None:
+    """Skips tests of the native kernels where these cannot run, and says why."""
+    try:
+        load_library()
+    except NativeKernelsError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -26,15 +26,7 @@ BLOCK_SIZE, NUM_BLOCKS = 4, 24
 Floats = npt.NDArray[np.float32]
 
 
-def _why_not() -> str:
-    try:
-        load_library()
-    except NativeKernelsError as error:
-        return str(error)
-    return ""
-
-
-needs_native = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+needs_native = pytest.mark.usefixtures("native_kernels")
 
 
 @st.composite

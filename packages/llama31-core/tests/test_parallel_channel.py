@@ -96,7 +96,8 @@ def test_who_does_not_know_the_key_is_turned_away() -> None:
     assert peer.receive() is None
 
 
-def test_what_a_stage_sends_on_goes_to_the_next_one_and_so_does_its_end() -> None:
+def stages() -> tuple[Hub, dict[int, Peer], list[str]]:
+    """Rank 0, the other ends of ranks 1 and 2, of which the first's messages go on to the second, and who is missed."""
     hub, missed = Hub("127.0.0.1", KEY), list[str]()
     made: dict[int, Peer] = {}
 
@@ -110,6 +111,11 @@ def test_what_a_stage_sends_on_goes_to_the_next_one_and_so_does_its_end() -> Non
     for thread in joining:
         thread.join()
     hub.peers[1].pass_on([hub.peers[2]])
+    return hub, made, missed
+
+
+def test_what_a_stage_sends_on_goes_to_the_next_one_and_so_does_its_end() -> None:
+    hub, made, missed = stages()
     made[1].send("hidden states")
     assert made[2].receive() == "hidden states"
     made[1].close()
@@ -120,20 +126,7 @@ def test_what_a_stage_sends_on_goes_to_the_next_one_and_so_does_its_end() -> Non
 
 
 def test_a_stage_that_was_told_to_end_leaves_the_next_one_its_own_farewell() -> None:
-    missed: list[str] = []
-    hub = Hub("127.0.0.1", KEY)
-    made: dict[int, Peer] = {}
-
-    def join(rank: int) -> None:
-        made[rank] = connect("127.0.0.1", hub.port, KEY, rank, missed.append)
-
-    joining = [threading.Thread(target=join, args=(rank,)) for rank in (1, 2)]
-    for thread in joining:
-        thread.start()
-    hub.accept([1, 2], missed.append)
-    for thread in joining:
-        thread.join()
-    hub.peers[1].pass_on([hub.peers[2]])
+    hub, made, missed = stages()
     before = threading.active_count()
     hub.peers[1].send(None)
     assert made[1].receive() is None

@@ -11,7 +11,6 @@ import pytest
 from mindspore import Tensor, nn
 
 from llama31_core.config import ModelConfig
-from llama31_core.kernels.native import NativeKernelsError, load_library
 from llama31_core.training.attention import BlockwiseAttention
 from llama31_core.training.backprop import Backprop
 from llama31_core.training.batch import Batch
@@ -19,16 +18,7 @@ from llama31_core.training.head import Objective
 from llama31_core.training.native_attention import NativeAttention, attention_core, document_starts
 from llama31_core.training.weights import TrainedWeights
 
-
-def _why_not() -> str:
-    try:
-        load_library()
-    except NativeKernelsError as error:
-        return str(error)
-    return ""
-
-
-needs_native = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+needs_native = pytest.mark.usefixtures("native_kernels")
 Arrays = list[npt.NDArray[np.float32]]
 
 

@@ -7,19 +7,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from llama31_core.kernels.native import NativeKernelsError, load_library
 from llama31_core.training.native_products import NativeProducts
 
-
-def _why_not() -> str:
-    try:
-        load_library()
-    except NativeKernelsError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 class _Linear(nn.Cell):  # type: ignore[misc]

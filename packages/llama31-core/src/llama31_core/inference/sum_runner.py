@@ -87,22 +87,16 @@ class PipelinedSumRunner(SumRunner):
 
     Args:
         num_stages: of the pipeline.
-        vocab_size, num_blocks, block_size, num_host_blocks, spread: as of `SumRunner`.
+        sizes: vocab_size, num_blocks, block_size, num_host_blocks, as of `SumRunner`.
+        spread: the same.
 
     Attributes:
         num_begun: for every pass that was finished, how many were begun then, itself included.
     """
 
-    def __init__(
-        self,
-        num_stages: int,
-        vocab_size: int,
-        num_blocks: int = 8,
-        block_size: int = 4,
-        num_host_blocks: int = 0,
-        spread: float = 0.0,
-    ) -> None:
-        super().__init__(vocab_size, num_blocks, block_size, num_host_blocks, spread)
+    def __init__(self, num_stages: int, *sizes: int, spread: float = 0.0) -> None:
+        super().__init__(*sizes)
+        self.spread = spread
         self.num_stages = num_stages
         self.num_begun: list[int] = []
         self._begun: deque[ForwardInput | list[BlockMove]] = deque()

@@ -123,9 +123,9 @@ class Backprop:
         if model.norm_out.weight.name in weights.outer_parameters:
             is_fused = weights.has_native_rows and vocabulary is None and objective == Objective()
             cross_entropy = build_cross_entropy() if is_fused else None
-            loss = HeadLoss(weights.template, objective, vocabulary)
-            self._head = HeadGradient(loss, cross_entropy, weights.products)
-            self._head_loss = HeadLoss(weights.template, Objective(), vocabulary)
+            products = weights.products
+            self._head = HeadGradient(HeadLoss(weights.template, objective, vocabulary, products), cross_entropy)
+            self._head_loss = HeadLoss(weights.template, Objective(), vocabulary, products)
             self._buffers |= dict(zip((p.name for p in self._head.trained), self._head.gradients, strict=True))
             for cell in (self._head, self._head_loss):
                 cell.set_train()

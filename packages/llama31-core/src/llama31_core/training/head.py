@@ -77,9 +77,15 @@ class Vocabulary(nn.Cell):  # type: ignore[misc]
 
 
 class HeadLoss(nn.Cell):  # type: ignore[misc]
-    """Loss of one chunk, summed over its labels."""
+    """Loss of one chunk, summed over its labels. `products` multiply with the output matrix; else MindSpore does."""
 
-    def __init__(self, llama: Llama, objective: Objective, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(
+        self,
+        llama: Llama,
+        objective: Objective,
+        vocabulary: Vocabulary | None = None,
+        products: NativeProducts | None = None,
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.vocabulary = vocabulary or Vocabulary()
         self.norm = llama.model.norm_out
@@ -87,7 +93,8 @@ class HeadLoss(nn.Cell):  # type: ignore[misc]
         self.weight: Parameter = llama.model.tok_embeddings.embedding_weight if head is None else head.weight
         self._smoothing, self._z_loss = objective.label_smoothing, objective.z_loss
         self._product = ops.MatMul()
-        self._product_tb = ops.MatMul(transpose_b=True)
+        self.products = products
+        self._product_tb = ops.MatMul(transpose_b=True) if products is None else products.linear
 
     def construct(self, x_NE: Tensor, places_C: Tensor, labels_C: Tensor) -> Tensor:
         """Summed loss of the labels."""
@@ -133,12 +140,9 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
         loss: what is differentiated.
         cross_entropy: losses (C,) and the gradients of logits (C, V) in one; for a plain objective over a whole
             vocabulary. None computes them from the log-probabilities.
-        products: what multiplies with the output matrix; None for MindSpore's operator.
     """
 
-    def __init__(
-        self, loss: HeadLoss, cross_entropy: ops.Custom | None = None, products: NativeProducts | None = None
-    ) -> None:
+    def __init__(self, loss: HeadLoss, cross_entropy: ops.Custom | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.loss = loss
         self._is_fused = cross_entropy is not None
@@ -149,9 +153,8 @@ class HeadGradient(nn.Cell):  # type: ignore[misc]
         self.gradients = ParameterTuple(buffers)
         self._product = ops.MatMul()
         self._input_product, self._weight_product = self._product, ops.MatMul(transpose_a=True)
-        if products is not None:
-            loss._product_tb = products.linear
-            self._input_product, self._weight_product = products.input_gradient, products.weight_gradient
+        if loss.products is not None:
+            self._input_product, self._weight_product = loss.products.input_gradient, loss.products.weight_gradient
         self._norm_weights = ParameterTuple([loss.norm.weight] if self.trains_norm else [])
         self._norm_gradient = ops.GradOperation(get_all=True, get_by_list=self.trains_norm, sens_param=True)
 

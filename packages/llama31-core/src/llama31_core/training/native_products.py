@@ -1,16 +1,19 @@
 """The products of training by the native CPU kernels: `x weight^T` and both its gradients, in float32.
 
-oneDNN multiplies, part by part, in the native kernels' threads (kernels/native/training_products.cc). MindSpore's
+oneDNN multiplies, part by part, in the native kernels' threads (kernels/native/training_products.h). MindSpore's
 operator is the oracle.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from pathlib import Path
 
 import mindspore as ms
 from mindspore import Tensor, ops
 
+from llama31_core.kernels.native.library import load_library
 from llama31_core.kernels.native.operator import native_operator
 from llama31_core.model import Llama
 from llama31_core.model.linear import Linear
@@ -26,6 +29,9 @@ class NativeProducts:
     """
 
     def __init__(self) -> None:
+        # What MindSpore's wheel brings and has loaded itself; its C interface does not change.
+        onednn = ctypes.CDLL(str(Path(ms.__file__).parent / "lib" / "libdnnl.so.3"))
+        ctypes.CDLL(str(load_library())).Llama31SetSgemm(ctypes.cast(onednn.dnnl_sgemm, ctypes.c_void_p))
         self.linear = _product("Llama31TrainLinear", lambda x, weight: [*x[:-1], weight[0]])
         self.input_gradient = _product("Llama31TrainLinearInputGrad", lambda d_y, weight: [*d_y[:-1], weight[1]])
         self.weight_gradient = _product("Llama31TrainLinearWeightGrad", lambda d_y, x: [d_y[-1], x[-1]])

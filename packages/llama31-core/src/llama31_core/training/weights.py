@@ -41,7 +41,6 @@ class TrainedWeights:
 
     Attributes:
         compute_dtype: of products and of what flows between layers.
-        has_native_rows: whether the native kernels compute what stands between products.
         products: those of the native kernels, which the layer has; None where MindSpore's operator multiplies.
     """
 
@@ -60,8 +59,8 @@ class TrainedWeights:
         with no_init_parameters(), kernels.use("products") if is_cpu else nullcontext():
             self.template = Llama(config.model_copy(update={"n_layers": 1}), core, layers, self.compute_dtype)
         # If they cannot run, the attention has said why.
-        self.has_native_rows = precision == _FLOAT32 and native_kernels_here(warns=False)
-        self.products = NativeProducts() if self.has_native_rows else None
+        has_native = precision == _FLOAT32 and native_kernels_here(warns=False)
+        self.products = NativeProducts() if has_native else None
         if self.products is not None:
             fuse_rows(self.template)
             self.products.replace_in(self.template)
@@ -78,6 +77,11 @@ class TrainedWeights:
             index for index in range(config.n_layers) if held is None or layer_name(first, index) in held
         ]
         self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def has_native_rows(self) -> bool:
+        """Whether the native kernels compute what stands between products: where they multiply, too."""
+        return self.products is not None
 
     def names(self) -> list[str]:
         """Canonical names of all weights here, the embedding first, in the order of layers."""

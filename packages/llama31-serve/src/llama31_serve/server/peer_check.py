@@ -53,7 +53,7 @@ class PeerCheck:
             known = [ca for path in authorities for ca in x509.load_pem_x509_certificates(path.read_bytes())]
         except (OSError, ValueError) as error:
             raise StartError(f"TLS: {names}: not a PEM revocation list ({error})") from error
-        for found in self._lists():
+        for found in self._lists:
             issuers: list[Any] = [ca.public_key() for ca in known if ca.subject == found.issuer]
             if not any(found.is_signature_valid(key) for key in issuers):
                 who = found.issuer.rfc4514_string()
@@ -84,8 +84,9 @@ class PeerCheck:
     @cached_property
     def _revoked(self) -> frozenset[tuple[Name, int]]:
         """Issuers and serial numbers: two authorities may give the same number."""
-        return frozenset((found.issuer, entry.serial_number) for found in self._lists() for entry in found)
+        return frozenset((found.issuer, entry.serial_number) for found in self._lists for entry in found)
 
+    @cached_property
     def _lists(self) -> list[CertificateRevocationList]:
         """Every list of every file; a file may have several."""
         from cryptography import x509

@@ -11,7 +11,6 @@ import os
 import subprocess
 import tempfile
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 from llama31_core.errors import Llama31Error
@@ -42,18 +41,8 @@ def load_library() -> Path:
     library = _cache_directory() / _fingerprint(compiler) / "libllama31_kernels.so"
     if not library.exists():
         _compile(compiler, library)
-    loaded = ctypes.CDLL(str(library))
-    loaded.Llama31SetNumThreads(num_threads())
-    loaded.Llama31SetSgemm(ctypes.cast(_onednn().dnnl_sgemm, ctypes.c_void_p))
+    ctypes.CDLL(str(library)).Llama31SetNumThreads(num_threads())
     return library
-
-
-def _onednn() -> ctypes.CDLL:
-    """The oneDNN that MindSpore's wheel brings and has loaded itself; it has a C interface that does not change."""
-    package = find_spec("mindspore")
-    assert package is not None
-    assert package.origin is not None
-    return ctypes.CDLL(str(Path(package.origin).parent / "lib" / "libdnnl.so.3"))
 
 
 def _cache_directory() -> Path:

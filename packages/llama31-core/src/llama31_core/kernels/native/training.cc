@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "training_attention.h"
+#include "training_products.h"
 #include "training_rows.h"
 
 using namespace llama31;
@@ -106,4 +107,31 @@ extern "C" int Llama31TrainCrossEntropy(int nparam, void **params, int *, int64_
   CrossEntropy(Floats(params[0]), static_cast<const int32_t *>(params[1]), shapes[0][0], shapes[0][1], Out(params[2]),
                Out(params[3]));
   return 0;
+}
+
+// Where oneDNN's dnnl_sgemm is. Before the first product.
+extern "C" void Llama31SetSgemm(void *function) { Product::sgemm = reinterpret_cast<Product::Sgemm>(function); }
+
+// x (..., K), weight (N, K) -> x weight^T (..., N).
+extern "C" int Llama31TrainLinear(int nparam, void **params, int *ndims, int64_t **shapes, const char **, void *,
+                                  void *) {
+  if (nparam != 3) return 1;
+  const int64_t rows = Count(ndims[0] - 1, shapes[0]), n = shapes[1][0], k = shapes[1][1];
+  return Product{false, true, rows, n, k}.Run(Floats(params[0]), Floats(params[1]), Out(params[2]));
+}
+
+// Gradient of the result (..., N), weight (N, K) -> that of x (..., K).
+extern "C" int Llama31TrainLinearInputGrad(int nparam, void **params, int *ndims, int64_t **shapes, const char **,
+                                           void *, void *) {
+  if (nparam != 3) return 1;
+  const int64_t rows = Count(ndims[0] - 1, shapes[0]), n = shapes[1][0], k = shapes[1][1];
+  return Product{false, false, rows, k, n}.Run(Floats(params[0]), Floats(params[1]), Out(params[2]));
+}
+
+// Gradient of the result (..., N), x (..., K) -> that of the weight (N, K).
+extern "C" int Llama31TrainLinearWeightGrad(int nparam, void **params, int *ndims, int64_t **shapes, const char **,
+                                            void *, void *) {
+  if (nparam != 3) return 1;
+  const int64_t rows = Count(ndims[0] - 1, shapes[0]), n = shapes[0][ndims[0] - 1], k = shapes[1][ndims[1] - 1];
+  return Product{true, false, n, k, rows}.Run(Floats(params[0]), Floats(params[1]), Out(params[2]));
 }
