@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from llama31_core import ModelConfig
 from llama31_core.checkpoint.shapes import parameter_shapes
 from llama31_core.checkpoint.writer import save_weights
-from llama31_serve import Client
+from llama31_serve import Client, ControlClient
 from llama31_serve.cli import main
 
 Serve = Any
@@ -33,7 +34,7 @@ ECHO_SERVER = """
 
     async def run():
         engine = EchoEngine(vocab_size=259, step_s=0.005)
-        options = ServerOptions(port=0, model_name="echo", max_running=4)
+        options = ServerOptions(port=0, control_port=0, model_name="echo", max_running=4)
         return await serve_until_signal(Server(options, lambda: load_text(Path(sys.argv[1])), lambda: engine))
 
     raise SystemExit(asyncio.run(run()))
@@ -160,18 +161,31 @@ def test_asking_where_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None
         assert "--requests is 0" in complain(capsys, "bench", "--requests", "0")
 
 
+def until_accepted(address: str, count: int) -> None:
+    """Wait until a server has taken so many requests: what is on its way when it drains is not accepted any more."""
+    deadline_s = time.monotonic() + 120
+    with ControlClient(address) as control:
+        taken = 0
+        while taken < count:
+            assert time.monotonic() < deadline_s, f"{taken} requests were accepted"
+            info = control.server_info()
+            taken = info.finished_requests + info.running_completions + info.queued_completions
+
+
 def test_sigterm_under_load_loses_no_accepted_request(tokenizer_dir: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(ECHO_SERVER), str(tokenizer_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             server.stdout.readline()
+            control = server.stdout.readline().removeprefix("ControlService on ").strip()
             ready = server.stdout.readline()
             assert ready.startswith("Daemon start success! echo is served on 127.0.0.1:")
             with Client(ready.split(" on ")[1].split()[0], timeout_s=30) as client:
                 streams = [client.generate_stream("ab", max_tokens=60) for _ in range(12)]  # 4 run, 8 wait
                 next(streams[0])
                 next(streams[3])
+                until_accepted(control, 12)
                 server.send_signal(signal.SIGTERM)
                 for stream in streams:
                     for _ in stream:
