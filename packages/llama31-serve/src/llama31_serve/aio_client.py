@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
 
 from llama31_serve.channel import Tls, call_metadata, channel_options
-from llama31_serve.errors import CancelledError, UnavailableError
+from llama31_serve.errors import RpcError, UnavailableError
 from llama31_serve.requests import Message, Options, Prompt, build_chat, build_generate, build_tokenize
 from llama31_serve.results import Chunk, GenerateResult, ModelInfo, model_info_of, result_of_chat, result_of_generate
+from llama31_serve.retries import StreamAttempts, stream_cancelled
 from llama31_serve.status_details import our_errors
 from llama31_serve.streaming import StreamState
 from llama31_serve.stubs import inference_pb2 as pb
@@ -30,9 +32,12 @@ class AsyncTextStream:
     `request_id` and `prompt_tokens` are known from the first chunk on, `result` after the last.
     """
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, start: Callable[[float | None], Any], attempts: StreamAttempts) -> None:
+        self._start = start
+        self._attempts = attempts
         self._state = StreamState()
+        self._cancelled = asyncio.Event()
+        self._call = start(attempts.begin())
 
     def __aiter__(self) -> AsyncTextStream:
         return self
@@ -45,15 +50,26 @@ class AsyncTextStream:
         raise StopAsyncIteration
 
     async def _read(self) -> Any:
-        try:
-            with our_errors():
-                return await self._call.read()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._call.cancelled() and (task is None or not task.cancelling()):  # the call was, not this task
-                raise CancelledError(grpc.StatusCode.CANCELLED, "the stream was cancelled here") from None
-            self._call.cancel()  # gRPC does it too, but not between the sent request and the first read
-            raise
+        """The next response. A call that was refused before its first one is made again."""
+        while True:
+            try:
+                with our_errors():
+                    response = await self._call.read()
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if self._call.cancelled() and (task is None or not task.cancelling()):  # the call was, not this task
+                    raise stream_cancelled() from None
+                self._call.cancel()  # gRPC does it too, but not between the sent request and the first read
+                raise
+            except RpcError as error:
+                pause_s = self._attempts.pause_s(error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._cancelled.wait(), pause_s)
+                    raise stream_cancelled() from None
+                self._call = self._start(self._attempts.begin())
+            else:
+                self._attempts.answered()
+                return response
 
     async def __aenter__(self) -> AsyncTextStream:
         return self
@@ -65,6 +81,7 @@ class AsyncTextStream:
 
     def cancel(self) -> None:
         """End the generation; harmless when it has ended."""
+        self._cancelled.set()
         self._call.cancel()
 
     @property
@@ -113,6 +130,7 @@ class AsyncClient:
         self._stub: Any = InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = call_metadata(token)
         self._timeout_s = timeout_s
+        self._max_attempts = max_attempts
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -223,7 +241,10 @@ class AsyncClient:
             return await method(request, timeout=self._deadline_s(timeout_s), metadata=self._metadata)
 
     def _stream(self, method: Any, request: Any, timeout_s: float | None) -> AsyncTextStream:
-        return AsyncTextStream(method(request, timeout=self._deadline_s(timeout_s), metadata=self._metadata))
+        def start(left_s: float | None) -> Any:
+            return method(request, timeout=left_s, metadata=self._metadata)
+
+        return AsyncTextStream(start, StreamAttempts(self._max_attempts, self._deadline_s(timeout_s)))
 
     def _deadline_s(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s

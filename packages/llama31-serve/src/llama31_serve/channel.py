@@ -8,7 +8,9 @@ from pathlib import Path
 
 import grpc
 
-SERVICE = "llama31.inference.v1.InferenceService"
+from llama31_serve.retries import retry_policy
+from llama31_serve.stubs import inference_pb2
+
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
@@ -37,22 +39,19 @@ class Tls:
 def channel_options(tls: Tls | None, max_attempts: int) -> list[tuple[str, str | int]]:
     """Options of a channel.
 
-    Calls go round all addresses that a `dns:///` target resolves to. A call that no server has begun to answer
+    Calls go round all addresses that a `dns:///` target resolves to. A unary call that no server has begun to answer
     (UNAVAILABLE, RESOURCE_EXHAUSTED) is tried again up to `max_attempts` times in all, with exponential backoff or
-    after the time that the server names.
+    after the time that the server names; of streams `StreamAttempts` takes care.
     """
     if not 1 <= max_attempts <= 5:
         raise ValueError(f"max_attempts is {max_attempts}, allowed are 1 (never try again) to 5 (gRPC's own limit)")
-    method: dict[str, object] = {"name": [{"service": SERVICE}]}
+    service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+    unary = [method.name for method in service.methods if not method.server_streaming]
+    method_config: list[dict[str, object]] = []
     if max_attempts > 1:
-        method["retryPolicy"] = {
-            "maxAttempts": max_attempts,
-            "initialBackoff": "0.2s",
-            "maxBackoff": "5s",
-            "backoffMultiplier": 2,
-            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-        }
-    service_config = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": [method]}
+        names = [{"service": service.full_name, "method": name} for name in unary]
+        method_config.append({"name": names, "retryPolicy": retry_policy(max_attempts)})
+    service_config = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": method_config}
     options: list[tuple[str, str | int]] = [
         ("grpc.service_config", json.dumps(service_config)),
         ("grpc.service_config_disable_resolution", 1),

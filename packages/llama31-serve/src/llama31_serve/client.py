@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
 
 from llama31_serve.channel import Tls, call_metadata, open_channel
-from llama31_serve.errors import UnavailableError
+from llama31_serve.errors import RpcError, UnavailableError
 from llama31_serve.requests import Message, Options, Prompt, build_chat, build_generate, build_tokenize
 from llama31_serve.results import Chunk, GenerateResult, ModelInfo, model_info_of, result_of_chat, result_of_generate
+from llama31_serve.retries import StreamAttempts, stream_cancelled
 from llama31_serve.status_details import our_errors
 from llama31_serve.streaming import StreamState
 from llama31_serve.stubs import inference_pb2 as pb
@@ -25,20 +27,38 @@ class TextStream:
     `request_id` and `prompt_tokens` are known from the first chunk on, `result` after the last.
     """
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, start: Callable[[float | None], Any], attempts: StreamAttempts) -> None:
+        self._start = start
+        self._attempts = attempts
         self._state = StreamState()
+        self._cancelled = threading.Event()
+        self._call = start(attempts.begin())
 
     def __iter__(self) -> TextStream:
         return self
 
     def __next__(self) -> Chunk:
-        with our_errors():
-            for response in self._call:
-                chunk = self._state.take(response)
-                if chunk is not None:
-                    return chunk
+        while (response := self._read()) is not None:
+            chunk = self._state.take(response)
+            if chunk is not None:
+                return chunk
         raise StopIteration
+
+    def _read(self) -> Any:
+        """The next response, None at the end. A call that was refused before its first one is made again."""
+        while True:
+            try:
+                with our_errors():
+                    response = next(self._call, None)
+            except RpcError as error:
+                if self._cancelled.wait(self._attempts.pause_s(error)):
+                    raise stream_cancelled() from None
+                self._call = self._start(self._attempts.begin())
+                if self._cancelled.is_set():  # between the wait and the new call, by another thread
+                    self._call.cancel()
+            else:
+                self._attempts.answered()
+                return response
 
     def __enter__(self) -> TextStream:
         return self
@@ -50,6 +70,7 @@ class TextStream:
 
     def cancel(self) -> None:
         """End the generation; harmless when it has ended."""
+        self._cancelled.set()
         self._call.cancel()
 
     @property
@@ -94,6 +115,7 @@ class Client:
         self._stub: Any = InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = call_metadata(token)
         self._timeout_s = timeout_s
+        self._max_attempts = max_attempts
 
     def __enter__(self) -> Client:
         return self
@@ -204,7 +226,10 @@ class Client:
             return method(request, timeout=self._deadline_s(timeout_s), metadata=self._metadata)
 
     def _stream(self, method: Any, request: Any, timeout_s: float | None) -> TextStream:
-        return TextStream(method(request, timeout=self._deadline_s(timeout_s), metadata=self._metadata))
+        def start(left_s: float | None) -> Any:
+            return method(request, timeout=left_s, metadata=self._metadata)
+
+        return TextStream(start, StreamAttempts(self._max_attempts, self._deadline_s(timeout_s)))
 
     def _deadline_s(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s
