@@ -12,6 +12,9 @@ from llama31_core.plan.counts import stage_rank
 from llama31_core.plan.gradient_sums import count_sums
 from llama31_core.plan.hardware import Device
 from llama31_core.plan.workload import NumberBytes, TrainWorkload
+from llama31_core.training.pieces import chunk_size
+
+_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -48,35 +51,46 @@ def step_traffic(work: TrainWorkload, device: Device, stage: int) -> list[Traffi
 
 
 def _within_layers(work: TrainWorkload, device: Device, number: NumberBytes, stage: int) -> Traffic | None:
-    """Two sums a layer forward, two backward, one more if whole layers are computed again; with sequence parallelism
-    each is a gather and a scatter, and the gathered inputs are gathered again for the weights' gradients."""
+    """What split layers sum up: two products forward and two inputs' gradients backward, one product more if whole
+    layers are computed again. With sequence parallelism each sum is a gather and a scatter, but that the product's is
+    then a scatter alone, and gathered inputs are gathered again for the weights' gradients."""
     parallel = work.parallel
     if parallel.tp == 1:
         return None
-    size = work.tokens * work.config.dim * number.activations
+    is_first, is_last, again = stage == 0, stage == parallel.pp - 1, work.recompute == "full"
     layers = len(parallel.stage_layers(work.config)[stage])
-    ends = (parallel.vocab_parallel and stage == 0) + (stage == parallel.pp - 1)  # embedding; the head's input gradient
-    sums = layers * (4 + (work.recompute == "full")) + ends
-    halves = 2 * sums + (2 * layers if parallel.sequence_parallel else 0)
-    sent = halves * (parallel.tp - 1) / parallel.tp * size * work.micro_batches
-    count = (halves if parallel.sequence_parallel else sums) * work.micro_batches
+    size = work.tokens * work.config.dim * number.activations
+    if parallel.sequence_parallel:
+        count = layers * (10 + again) + 2 * (is_first and parallel.vocab_parallel) + is_last
+        moved = count * size
+    else:
+        count = layers * (4 + again) + (is_first and parallel.vocab_parallel)
+        moved = 2 * count * size
+    if is_last:  # of each chunk of the head its input's gradient, and three numbers a token: see parallel/vocabulary.py
+        chunk = chunk_size(work.config.vocab_size, work.tokens)
+        chunks = -(-work.tokens // chunk)
+        count += 4 * chunks
+        moved += 2 * chunks * chunk * (work.config.dim * number.activations + 3 * _FLOAT32_BYTES)
+    sent = moved * (parallel.tp - 1) / parallel.tp * work.micro_batches
+    count *= work.micro_batches
     axis, what = ("sp", "gathers and scatters in layers") if parallel.sequence_parallel else ("tp", "sums in layers")
     group = parallel.group("tp", stage_rank(parallel, stage))
     return Traffic(axis, what, sent, count, _seconds(device, group, sent, count), True)
 
 
 def _ring(work: TrainWorkload, device: Device, number: NumberBytes, stage: int) -> Traffic | None:
-    """Keys and values go round once forward, and once more with their gradients backward."""
+    """Keys and values go round forward, again if whole layers are computed again, and backward; there keys alone go
+    round before that, for the softmax, and the gradients with them and then home."""
     parallel, config = work.parallel, work.config
     if parallel.cp == 1:
         return None
     heads = max(1, config.n_kv_heads // parallel.tp)
     size = 2 * work.tokens * heads * config.head_dim * number.activations
     layers = len(parallel.stage_layers(config)[stage])
-    rounds = 3 + (work.recompute == "full")
-    count = layers * rounds * (parallel.cp - 1) * work.micro_batches
+    rounds, hops = 2 + (work.recompute == "full"), parallel.cp - 1
+    count = layers * ((rounds + 1) * hops + parallel.cp) * work.micro_batches
+    sent = layers * ((rounds + 0.5) * hops + parallel.cp) * size * work.micro_batches
     group = parallel.group("cp", stage_rank(parallel, stage))
-    sent = float(count * size)
     return Traffic("cp", "keys and values round the ring", sent, count, _seconds(device, group[:2], sent, count), True)
 
 
