@@ -40,9 +40,8 @@ from llama31_core.inference.graph_input import graph_input, wanted_rows
 from llama31_core.inference.native_llama import NativeLlama
 from llama31_core.inference.options import EngineOptions
 from llama31_core.inference.runner import GraphRunner
-from llama31_core.kernels.native.library import OPTIONS, SOURCES
+from llama31_core.kernels.native.library import SOURCES, compile_command
 from llama31_core.kernels.native.threads import num_threads
-from llama31_core.native_support import find_compiler
 
 PHASES = (  # in the order of phases.cc
     "embedding",
@@ -118,10 +117,10 @@ class TimedModel:
     """The model with clocks, over an engine's parameters."""
 
     def __init__(self, net: NativeLlama, vocab_size: int, directory: Path) -> None:
-        compiler = find_compiler()
-        assert compiler is not None  # the engine's kernels were compiled
+        command = compile_command()
+        assert command is not None  # the engine's kernels were compiled
         target, source = directory / "phases.so", Path(__file__).with_name("phases.cc")
-        subprocess.run([compiler, *OPTIONS, f"-I{SOURCES}", "-o", str(target), str(source)], check=True)
+        subprocess.run([*command, f"-I{SOURCES}", "-o", str(target), str(source)], check=True)
         self._library, self._held, self._vocab_size = ctypes.CDLL(str(target)), net.held, vocab_size
         self._library.Llama31SetNumThreads(num_threads())
 

@@ -190,9 +190,18 @@ def test_the_switch_turns_them_off(fresh: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_cpu_without_the_instructions_is_told(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_support, "_cpu_features", lambda: {"avx512f", "fma"})
-    with pytest.raises(NativeKernelsError, match="avx512bw, avx512dq, avx512vl, avx512_bf16"):
+    monkeypatch.setattr(native_support, "_cpu_features", lambda: {"avx", "fma"})
+    with pytest.raises(NativeKernelsError, match="need a CPU with avx2 and fma"):
         load_library()
+
+
+def test_the_best_instructions_of_a_cpu_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = {name for names in native_support.INSTRUCTION_SETS for name in names}
+    for features, best in ((everything, "-mavx512bf16"), (everything - {"avx512_bf16"}, "-mavx2")):
+        monkeypatch.setattr(native_support, "_cpu_features", lambda: features)  # noqa: B023
+        options = native_support.instruction_options()
+        assert options is not None
+        assert best in options
 
 
 @needs_native

@@ -38,6 +38,7 @@ from llama31_core.inference.values import set_value
 from llama31_core.kernels import ascend, portable
 from llama31_core.model import Llama, PagedAttention
 from llama31_core.model.quantized import QuantizedLayers, QuantizedLinear
+from llama31_core.native_support import instruction_options
 from llama31_core.parallel import ParallelConfig
 from llama31_core.precision import Precision
 
@@ -121,7 +122,7 @@ def test_a_group_of_one_value() -> None:
 def test_models_on_both_cpu_kernels(
     tmp_path: Path, random_weights: Callable[..., Weights], monkeypatch: pytest.MonkeyPatch, bits: Any, tied: bool
 ) -> None:
-    """The native kernels give the bits of a bfloat16 checkpoint with these weights, the portable ones nearly."""
+    """Native kernels that multiply bfloat16 give the bits of a checkpoint of these weights in it, all others nearly."""
     if not native_kernels_here():
         pytest.skip("no native kernels on this machine")
     config = config_of(bits, tied)
@@ -139,8 +140,10 @@ def test_models_on_both_cpu_kernels(
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, 50, shape).tolist() for shape in ((1, 1), (1, 7), (4, 25))]
     found = [prefill(runner, batch) for batch in batches]
+    options = instruction_options()
+    rounding = 0.0 if options is not None and "-mavx512bf16" in options else 0.02
     for batch, logits in zip(batches, found, strict=True):
-        np.testing.assert_array_equal(logits, prefill(twin, batch))
+        assert np.abs(logits - prefill(twin, batch)).max() <= rounding * np.abs(logits).max()
     # 100 rows go through widened weights, 1 row through those in registers: the same bits.
     alone = [prefill(runner, [prompt[:1]])[0] for prompt in batches[-1]]
     np.testing.assert_array_equal(np.stack(alone), found[-1].reshape(4, 25, -1)[:, 0])

@@ -9,8 +9,6 @@
 #include <cstdint>
 #include <vector>
 
-#include <immintrin.h>
-
 #include "matmul.h"
 #include "rows.h"
 
@@ -46,46 +44,60 @@ struct Queries {
   }
 };
 
-// Weighted sum of values for up to 4 queries over 64 columns: terms are added in the order of the positions.
+// Queries and vectors of values that are added up together.
+constexpr int kMixedRows = kLanes == 16 ? 4 : 2, kMixedVectors = 4;
+
+// Weighted sum of values for MR queries over kMixedVectors vectors of columns: terms are added in the order of the positions.
 template <int MR>
 void MixValues(const Sequence &sequence, const float *weights, int64_t stride, int64_t length,
                int64_t column, float *const *out) {
-  __m512 sums[MR][4];
-  __mmask16 masks[4];
-  for (int j = 0; j < 4; ++j) masks[j] = Mask(std::max<int64_t>(0, sequence.width - column - 16 * j));
+  Vector sums[MR][kMixedVectors];
+  Mask masks[kMixedVectors];
+  for (int j = 0; j < kMixedVectors; ++j) masks[j] = FirstLanes(std::max<int64_t>(0, sequence.width - column - kLanes * j));
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_setzero_ps();
+    for (int j = 0; j < kMixedVectors; ++j) sums[i][j] = Zero();
   for (int64_t s = 0; s < length; ++s) {
     const float *value = sequence.values + sequence.offsets[s] + column;
-    __m512 v[4];
-    for (int j = 0; j < 4; ++j) v[j] = _mm512_maskz_loadu_ps(masks[j], value + 16 * j);
+    Vector v[kMixedVectors];
+    for (int j = 0; j < kMixedVectors; ++j) v[j] = Load(value + kLanes * j, masks[j]);
     for (int i = 0; i < MR; ++i) {
-      const __m512 weight = _mm512_set1_ps(weights[i * stride + s]);
-      for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_fmadd_ps(weight, v[j], sums[i][j]);
+      const Vector weight = Fill(weights[i * stride + s]);
+      for (int j = 0; j < kMixedVectors; ++j) sums[i][j] = MultiplyAdd(weight, v[j], sums[i][j]);
     }
   }
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < 4; ++j) _mm512_mask_storeu_ps(out[i] + column + 16 * j, masks[j], sums[i][j]);
+    for (int j = 0; j < kMixedVectors; ++j) Store(out[i] + column + kLanes * j, masks[j], sums[i][j]);
+}
+
+// Any number of queries up to MR.
+template <int MR>
+void MixValuesOf(int64_t rows, const Sequence &sequence, const float *weights, int64_t stride, int64_t length,
+                 int64_t column, float *const *out) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return MixValuesOf<MR - 1>(rows, sequence, weights, stride, length, column, out);
+  }
+  MixValues<MR>(sequence, weights, stride, length, column, out);
 }
 
 // Scores to weights that sum to 1 over the first `length`; zero from there to `stride`.
 inline void Softmax(float *row, int64_t length, int64_t stride) {
-  __m512 most = _mm512_set1_ps(-INFINITY);
-  for (int64_t s = 0; s < length; s += 16) {
-    most = _mm512_mask_max_ps(most, Mask(length - s), most, _mm512_maskz_loadu_ps(Mask(length - s), row + s));
+  Vector most = Fill(-INFINITY);
+  for (int64_t s = 0; s < length; s += kLanes) {
+    const Mask mask = FirstLanes(length - s);
+    most = Select(mask, Max(most, Load(row + s, mask)), most);
   }
-  const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t s = 0; s < length; s += 16) {
-    const __mmask16 mask = Mask(length - s);
-    const __m512 e = Exp(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, row + s), largest));
-    _mm512_mask_storeu_ps(row + s, mask, e);
-    total = _mm512_mask_add_ps(total, mask, total, e);
+  const Vector largest = Fill(MaxOf(most));
+  Vector total = Zero();
+  for (int64_t s = 0; s < length; s += kLanes) {
+    const Mask mask = FirstLanes(length - s);
+    const Vector e = Exp(Load(row + s, mask) - largest);
+    Store(row + s, mask, e);
+    total = Select(mask, total + e, total);
   }
-  const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-  for (int64_t s = 0; s < length; s += 16) {
-    const __mmask16 mask = Mask(length - s);
-    _mm512_mask_storeu_ps(row + s, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, row + s), inverse));
+  const Vector inverse = Fill(1.0f / SumOf(total));
+  for (int64_t s = 0; s < length; s += kLanes) {
+    const Mask mask = FirstLanes(length - s);
+    Store(row + s, mask, Load(row + s, mask) * inverse);
   }
   std::fill(row + length, row + stride, 0.0f);
 }
@@ -110,18 +122,11 @@ inline void Attend(const Queries &queries, const Sequence &sequence) {
     }
   }
   for (int64_t i = 0; i < count; ++i) Softmax(scores + i * stride, queries.lengths[i], stride);
-  for (int64_t i = 0; i < count; i += 4) {
-    const float *weights = scores + i * stride;
-    float *const *out = queries.to.data() + i;
-    const int64_t rows = std::min<int64_t>(4, count - i);
+  for (int64_t i = 0; i < count; i += kMixedRows) {
+    const int64_t rows = std::min<int64_t>(kMixedRows, count - i);
     const int64_t seen = *std::max_element(queries.lengths.begin() + i, queries.lengths.begin() + i + rows);
-    for (int64_t column = 0; column < width; column += 64) {
-      switch (rows) {
-        case 1: MixValues<1>(sequence, weights, stride, seen, column, out); break;
-        case 2: MixValues<2>(sequence, weights, stride, seen, column, out); break;
-        case 3: MixValues<3>(sequence, weights, stride, seen, column, out); break;
-        default: MixValues<4>(sequence, weights, stride, seen, column, out);
-      }
+    for (int64_t column = 0; column < width; column += kMixedVectors * kLanes) {
+      MixValuesOf<kMixedRows>(rows, sequence, scores + i * stride, stride, seen, column, queries.to.data() + i);
     }
   }
 }

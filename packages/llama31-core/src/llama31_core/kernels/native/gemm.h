@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include <immintrin.h>
+#include "vectors.h"
 
 namespace llama31 {
 
@@ -19,17 +19,21 @@ struct Gemm {
   bool adds;
 
   void Run() const {
-    for (int64_t column = 0; column < n; column += 64) {
-      switch ((n - column) / 16) {
-        case 1: Columns<1>(column); break;
-        case 2: Columns<2>(column); break;
-        case 3: Columns<3>(column); break;
-        default: Columns<4>(column);
-      }
-    }
+    for (int64_t column = 0; column < n; column += kMost * kLanes) ColumnsFrom<kMost>(column);
   }
 
  private:
+  // Vectors of C side by side in registers, under six rows.
+  static constexpr int kMost = kLanes == 16 ? 4 : 2;
+
+  template <int kVectors>
+  void ColumnsFrom(int64_t column) const {
+    if constexpr (kVectors > 1) {
+      if (n - column < kVectors * kLanes) return ColumnsFrom<kVectors - 1>(column);
+    }
+    Columns<kVectors>(column);
+  }
+
   template <int kVectors>
   void Columns(int64_t column) const {
     int64_t row = 0;
@@ -38,27 +42,27 @@ struct Gemm {
     if (row < m) Tile<1, kVectors>(row, column);
   }
 
-  // kRows x (16 kVectors) numbers of C are kept in registers over the whole of k.
+  // kRows x (kLanes kVectors) numbers of C are kept in registers over the whole of k.
   template <int kRows, int kVectors>
   void Tile(int64_t row, int64_t column) const {
-    __m512 sums[kRows][kVectors];
+    Vector sums[kRows][kVectors];
     float *to = c + row * c_row + column;
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] = adds ? _mm512_loadu_ps(to + r * c_row + 16 * v) : _mm512_setzero_ps();
+        sums[r][v] = adds ? Load(to + r * c_row + kLanes * v) : Zero();
       }
     }
     const float *left = a + row * a_row, *right = b + column;
     for (int64_t i = 0; i < k; ++i, left += a_column, right += b_row) {
-      __m512 values[kVectors];
-      for (int v = 0; v < kVectors; ++v) values[v] = _mm512_loadu_ps(right + 16 * v);
+      Vector values[kVectors];
+      for (int v = 0; v < kVectors; ++v) values[v] = Load(right + kLanes * v);
       for (int r = 0; r < kRows; ++r) {
-        const __m512 factor = _mm512_set1_ps(left[r * a_row]);
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_fmadd_ps(factor, values[v], sums[r][v]);
+        const Vector factor = Fill(left[r * a_row]);
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = MultiplyAdd(factor, values[v], sums[r][v]);
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(to + r * c_row + 16 * v, sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) Store(to + r * c_row + kLanes * v, sums[r][v]);
     }
   }
 };

@@ -111,7 +111,7 @@ class Layer {
         const int64_t first = std::max(begin, from), last = std::min(end, to);
         if (first >= last) return;
         MatmulRows(input_, Of(w, in_.dim), rows_, first - from, last - from,
-                   [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) { _mm_mask_storeu_ps(row_of(m) + n, kept, v); });
+                   [&](int64_t m, int64_t n, __m128 v, FourMask kept) { StoreFour(row_of(m) + n, kept, v); });
       };
       part(0, q_end, weights_.wq, [&](int64_t m) { return q_ + m * in_.q_width; });
       part(q_end, k_end, weights_.wk, [&](int64_t m) { return k_ + m * in_.kv_width; });
@@ -159,9 +159,9 @@ class Layer {
   void ProjectAndAdd(const Stored &w, int64_t k) {
     ForWeightRows(in_.dim, [&](int64_t begin, int64_t end) {
       MatmulRows(input_, Of(w, k), rows_, begin, end,
-                 [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
+                 [&](int64_t m, int64_t n, __m128 v, FourMask kept) {
                    float *at = x_ + m * in_.dim + n;
-                   _mm_mask_storeu_ps(at, kept, _mm_add_ps(_mm_maskz_loadu_ps(kept, at), v));
+                   StoreFour(at, kept, _mm_add_ps(LoadFour(at, kept), v));
                  });
     });
   }
@@ -171,8 +171,8 @@ class Layer {
     ForWeightRows(in_.ffn, [&](int64_t begin, int64_t end) {
       for (const auto &[w, shift] : {std::pair{weights_.w1, int64_t{0}}, std::pair{weights_.w3, in_.ffn}}) {
         MatmulRows(input_, Of(w, in_.dim), rows_, begin, end,
-                   [&, shift = shift](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
-                     _mm_mask_storeu_ps(gated_ + m * 2 * in_.ffn + shift + n, kept, v);
+                   [&, shift = shift](int64_t m, int64_t n, __m128 v, FourMask kept) {
+                     StoreFour(gated_ + m * 2 * in_.ffn + shift + n, kept, v);
                    });
       }
       for (int64_t r = 0; r < rows_; ++r) {

@@ -7,10 +7,12 @@
 #include <cstdint>
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
-#include <immintrin.h>
-
+#include "rows.h"
 #include "thread_pool.h"
+#include "vectors.h"
 
 namespace llama31 {
 
@@ -24,36 +26,53 @@ struct Lanes;
 
 template <>
 struct Lanes<float> {
-  static constexpr int kStep = 16;
-  using Vector = __m512;
-  static Vector Load(const float *p) { return _mm512_loadu_ps(p); }
-  static Vector Load(const float *p, int count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
-  static __m512 MultiplyAdd(__m512 sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
+  static constexpr int kStep = kLanes;
+  static Vector Load(const float *p) { return llama31::Load(p); }
+  static Vector Load(const float *p, int count) { return llama31::Load(p, FirstLanes(count)); }
+  static Vector Add(Vector sum, Vector a, Vector b) { return MultiplyAdd(a, b, sum); }
 };
+
+// `Factor<T>`: what rows of x are rounded to, to be multiplied with a weight of type T.
+#ifdef __AVX512BF16__
+
+constexpr int kTileRows = 6;
+
+template <typename T>
+using Factor = T;
 
 template <>
 struct Lanes<Bf16> {
   static constexpr int kStep = 32;
-  using Vector = __m512i;
-  static Vector Load(const Bf16 *p) { return _mm512_loadu_si512(p); }
-  static Vector Load(const Bf16 *p, int count) {
+  static __m512i Load(const Bf16 *p) { return _mm512_loadu_si512(p); }
+  static __m512i Load(const Bf16 *p, int count) {
     return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
   }
-  static __m512 MultiplyAdd(__m512 sum, Vector a, Vector b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  static Vector Add(Vector sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+
+#else
+
+constexpr int kTileRows = 3;
+
+template <typename T>
+using Factor = float;
+
+// Loaded as float32: there is no product of bfloat16.
+template <>
+struct Lanes<Bf16> {
+  static constexpr int kStep = kLanes;
+  static Vector Load(const Bf16 *p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static Vector Load(const Bf16 *p, int count) {
+    Bf16 some[kStep] = {};
+    std::copy(p, p + count, some);
+    return Load(some);
   }
 };
 
-// The sums of four vectors, in the four lanes of one.
-inline __m128 SumEach(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-  const __m512 high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-  const __m512 sums = _mm512_add_ps(low, high);
-  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-}
+#endif
 
 // A weight as the operator is given it; scales and biases, (N, G), are null where it is not quantised.
 struct Stored {
@@ -64,6 +83,7 @@ struct Stored {
 // Rows of float32 as the product takes them: as they are, or rounded to the nearest bfloat16.
 inline void Convert(const float *from, float *to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
 
+#ifdef __AVX512BF16__
 inline void Convert(const float *from, Bf16 *to, int64_t count) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
@@ -76,6 +96,7 @@ inline void Convert(const float *from, Bf16 *to, int64_t count) {
     _mm256_mask_storeu_epi16(to + i, mask, (__m256i)rounded);
   }
 }
+#endif
 
 // Rows of a weight's type as float32.
 inline void Widen(const float *from, float *to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
@@ -106,18 +127,18 @@ struct PlainRows {
 
 // MR rows of x, `x_stride` apart, times four rows. What lies `ahead` columns behind those is fetched meanwhile; 0 for
 // nothing.
-template <typename T, int MR, typename Rows>
+template <int MR, typename T, typename Rows>
 inline void Tile(const T *x, int64_t x_stride, const Rows &rows, int64_t k, int64_t ahead, __m128 *out) {
   using L = Lanes<T>;
-  __m512 sums[MR][4];
+  Vector sums[MR][4];
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_setzero_ps();
+    for (int j = 0; j < 4; ++j) sums[i][j] = Zero();
   const auto add = [&](int64_t at, const auto &load_row, const auto &load_x) {
-    typename L::Vector ws[4];
+    decltype(load_row(0)) ws[4];
     for (int j = 0; j < 4; ++j) ws[j] = load_row(j);
     for (int i = 0; i < MR; ++i) {
       const auto xi = load_x(x + i * x_stride + at);
-      for (int j = 0; j < 4; ++j) sums[i][j] = L::MultiplyAdd(sums[i][j], xi, ws[j]);
+      for (int j = 0; j < 4; ++j) sums[i][j] = L::Add(sums[i][j], xi, ws[j]);
     }
   };
   int64_t at = 0;
@@ -139,27 +160,21 @@ inline void Tile(const T *x, int64_t x_stride, const Rows &rows, int64_t k, int6
   for (int i = 0; i < MR; ++i) out[i] = SumEach(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
 }
 
-constexpr int kTileRows = 6;
-
-// Any number of rows of x up to kTileRows.
-template <typename T, typename Rows>
+// Any number of rows of x up to MR.
+template <int MR = kTileRows, typename T, typename Rows>
 inline void TileOf(int64_t m_rows, const T *x, int64_t x_stride, const Rows &rows, int64_t k, int64_t ahead,
                    __m128 *out) {
-  switch (m_rows) {
-    case 1: return Tile<T, 1>(x, x_stride, rows, k, ahead, out);
-    case 2: return Tile<T, 2>(x, x_stride, rows, k, ahead, out);
-    case 3: return Tile<T, 3>(x, x_stride, rows, k, ahead, out);
-    case 4: return Tile<T, 4>(x, x_stride, rows, k, ahead, out);
-    case 5: return Tile<T, 5>(x, x_stride, rows, k, ahead, out);
-    default: return Tile<T, kTileRows>(x, x_stride, rows, k, ahead, out);
+  if constexpr (MR > 1) {
+    if (m_rows < MR) return TileOf<MR - 1>(m_rows, x, x_stride, rows, k, ahead, out);
   }
+  Tile<MR>(x, x_stride, rows, k, ahead, out);
 }
 
 // A matrix (N, K) as checkpoints hold it.
 template <typename T>
 class PlainMatrix {
  public:
-  using Input = T;  // what the rows of x are rounded to
+  using Input = Factor<T>;
 
   PlainMatrix(const Stored &stored, int64_t k, int64_t) : data_(static_cast<const T *>(stored.data)), k_(k) {}
 
@@ -167,9 +182,12 @@ class PlainMatrix {
 
   // use(rows) with the four rows from n on; beyond the last one, the last one again: computed and not stored.
   template <typename Use>
-  void WithRows(int64_t n, int64_t n_end, bool, const Use &use) const {
+  void WithRows(int64_t n, int64_t n_end, bool is_used_often, const Use &use) const {
     PlainRows<T> rows{};
     for (int j = 0; j < 4; ++j) rows.data[j] = data_ + std::min<int64_t>(n + j, n_end - 1) * k_;
+    if constexpr (!std::is_same_v<T, Input>) {
+      if (is_used_often) return WithWidened(rows, use);
+    }
     use(rows);
   }
 
@@ -177,6 +195,18 @@ class PlainMatrix {
   void Row(int64_t n, float *to) const { Widen(data_ + n * k_, to, k_); }
 
  private:
+  template <typename Use>
+  void WithWidened(const PlainRows<T> &rows, const Use &use) const {
+    static thread_local std::vector<Input> buffer;
+    Input *to = Scratch(buffer, 4 * k_);
+    PlainRows<Input> widened{};
+    for (int j = 0; j < 4; ++j, to += k_) {
+      Widen(rows.data[j], to, k_);
+      widened.data[j] = to;
+    }
+    use(widened);
+  }
+
   const T *data_;
   int64_t k_;
 };
@@ -191,7 +221,7 @@ void MatmulRows(const typename Matrix::Input *x, const Matrix &w, int64_t m_rows
   for (int64_t m_begin = 0; m_begin < m_rows; m_begin += panel) {
     const int64_t m_end = std::min(m_rows, m_begin + panel);
     for (int64_t n = n_begin; n < n_end; n += 4) {
-      const __mmask8 kept = static_cast<__mmask8>((1u << std::min<int64_t>(4, n_end - n)) - 1);
+      const FourMask kept = FirstOfFour(n_end - n);
       w.WithRows(n, n_end, m_end - m_begin > kTileRows, [&](const auto &rows) {
         for (int64_t m = m_begin; m < m_end; m += kTileRows) {
           const int64_t tile_rows = std::min<int64_t>(kTileRows, m_end - m);

@@ -82,8 +82,8 @@ class Model {
     const Table head = Of(in_.head);
     ForWeightRows(vocabulary, [&](int64_t begin, int64_t end) {
       MatmulRows(input, head, count, begin, end,
-                 [&](int64_t m, int64_t n, __m128 v, __mmask8 kept) {
-                   _mm_mask_storeu_ps(logits + m * vocabulary + n, kept, v);
+                 [&](int64_t m, int64_t n, __m128 v, FourMask kept) {
+                   StoreFour(logits + m * vocabulary + n, kept, v);
                  });
     });
   }

@@ -1,4 +1,4 @@
-// A Llama model as a MindSpore custom operator for a CPU with AVX-512 and its bfloat16 dot product.
+// A Llama model as a MindSpore custom operator for a CPU with AVX2, or with AVX-512 and its bfloat16 dot product.
 
 #include <cstdint>
 #include <vector>

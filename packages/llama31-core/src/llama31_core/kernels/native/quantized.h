@@ -1,30 +1,33 @@
 // Rows of weights of 8 or 4 bits, groups of columns with a scale and a bias each: weight = q * scale + bias.
 //
-// They are rounded to bfloat16 on the way into the product, so that it gives the bits which a checkpoint of the same
-// weights in bfloat16 gives, whether a row is widened in registers or written out first.
+// Where bfloat16 is multiplied, weights are rounded to it on the way into the product, so that it gives the bits which a
+// checkpoint of the same weights in bfloat16 gives, whether a row is widened in registers or written out first. Else they
+// are float32 there, not rounded.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
-
-#include <immintrin.h>
 
 #include "matmul.h"
 #include "rows.h"
 
 namespace llama31 {
 
-constexpr int64_t kSteps = Lanes<Bf16>::kStep;  // columns that one load widens; groups are multiples of it
+using Weight = Factor<Bf16>;                    // what a row is widened to
+constexpr int64_t kSteps = Lanes<Weight>::kStep;  // columns that one load widens; groups are multiples of it
+
+#ifdef __AVX512BF16__
 
 // 8 bits: (N, K) of int8.
 struct Bits8 {
   static constexpr int64_t kPerByte = 1;
   struct Group {
-    __m512 scale, bias;
+    Vector scale, bias;
   };
 
-  static Group Begin(float scale, float bias) { return {_mm512_set1_ps(scale), _mm512_set1_ps(bias)}; }
+  static Group Begin(float scale, float bias) { return {Fill(scale), Fill(bias)}; }
 
   static __m512i Load(const uint8_t *p, const Group &group) {
     const __m512 low = Widen(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)), group);
@@ -47,7 +50,7 @@ struct Bits4 {
 
   static Group Begin(float scale, float bias) {
     const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 weights = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale), _mm512_set1_ps(bias));
+    const __m512 weights = _mm512_fmadd_ps(steps, Fill(scale), Fill(bias));
     return {_mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(weights))};
   }
 
@@ -57,6 +60,45 @@ struct Bits4 {
     return _mm512_permutexvar_epi16(_mm512_and_si512(halves, _mm512_set1_epi32(0x000f000f)), group.table);
   }
 };
+
+inline void Write(Bf16 *to, __m512i widened) { _mm512_storeu_si512(to, widened); }
+
+#else
+
+struct ScaleAndBias {
+  Vector scale, bias;
+};
+
+struct Bits8 {
+  static constexpr int64_t kPerByte = 1;
+  using Group = ScaleAndBias;
+
+  static Group Begin(float scale, float bias) { return {Fill(scale), Fill(bias)}; }
+
+  static Vector Load(const uint8_t *p, const Group &group) {
+    const __m256i q = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+    return MultiplyAdd(_mm256_cvtepi32_ps(q), group.scale, group.bias);
+  }
+};
+
+struct Bits4 {
+  static constexpr int64_t kPerByte = 2;
+  using Group = ScaleAndBias;
+
+  static Group Begin(float scale, float bias) { return {Fill(scale), Fill(bias)}; }
+
+  static Vector Load(const uint8_t *p, const Group &group) {
+    int32_t eight;
+    std::memcpy(&eight, p, sizeof(eight));
+    const __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    const __m256i q = _mm256_and_si256(shifted, _mm256_set1_epi32(0xf));
+    return MultiplyAdd(_mm256_cvtepi32_ps(q), group.scale, group.bias);
+  }
+};
+
+inline void Write(float *to, Vector widened) { Store(to, widened); }
+
+#endif
 
 // Four rows, for `Tile`.
 template <typename Bits>
@@ -71,8 +113,8 @@ struct QuantizedRows {
   Group Begin(int j, int64_t at) const {
     return Bits::Begin(scales[j][at / group_size], biases[j][at / group_size]);
   }
-  __m512i Load(int j, int64_t at, const Group &group) const { return Bits::Load(data[j] + at / Bits::kPerByte, group); }
-  __m512i Load(int j, int64_t at, int) const { return Load(j, at, Begin(j, at)); }  // K has no rest
+  auto Load(int j, int64_t at, const Group &group) const { return Bits::Load(data[j] + at / Bits::kPerByte, group); }
+  auto Load(int j, int64_t at, int) const { return Load(j, at, Begin(j, at)); }  // K has no rest
   void Fetch(int j, int64_t at, int64_t ahead) const {
     _mm_prefetch(reinterpret_cast<const char *>(data[j] + (at + ahead) / Bits::kPerByte), _MM_HINT_T0);
   }
@@ -82,7 +124,7 @@ struct QuantizedRows {
 template <typename Bits>
 class QuantizedMatrix {
  public:
-  using Input = Bf16;
+  using Input = Weight;
 
   QuantizedMatrix(const Stored &stored, int64_t k, int64_t group_size)
       : stored_(stored), k_(k), group_size_(group_size), groups_((k + group_size - 1) / group_size) {}
@@ -94,9 +136,9 @@ class QuantizedMatrix {
   void WithRows(int64_t n, int64_t n_end, bool is_used_often, const Use &use) const {
     const QuantizedRows<Bits> rows = RowsAt(n, n_end);
     if (!is_used_often) return use(rows);
-    static thread_local std::vector<Bf16> buffer;
-    Bf16 *to = Scratch(buffer, 4 * k_);
-    PlainRows<Bf16> widened{};
+    static thread_local std::vector<Weight> buffer;
+    Weight *to = Scratch(buffer, 4 * k_);
+    PlainRows<Weight> widened{};
     for (int j = 0; j < 4; ++j, to += k_) {
       Expand(rows, j, to);
       widened.data[j] = to;
@@ -106,8 +148,8 @@ class QuantizedMatrix {
 
   // One row as float32.
   void Row(int64_t n, float *to) const {
-    static thread_local std::vector<Bf16> buffer;
-    Bf16 *row = Scratch(buffer, k_);
+    static thread_local std::vector<Weight> buffer;
+    Weight *row = Scratch(buffer, k_);
     Expand(RowsAt(n, n + 1), 0, row);
     Widen(row, to, k_);
   }
@@ -123,11 +165,11 @@ class QuantizedMatrix {
     return rows;
   }
 
-  void Expand(const QuantizedRows<Bits> &rows, int j, Bf16 *to) const {
+  void Expand(const QuantizedRows<Bits> &rows, int j, Weight *to) const {
     for (int64_t begin = 0; begin < k_; begin += group_size_) {
       const auto group = rows.Begin(j, begin);
       for (int64_t at = begin; at < std::min(k_, begin + group_size_); at += kSteps) {
-        _mm512_storeu_si512(to + at, rows.Load(j, at, group));
+        Write(to + at, rows.Load(j, at, group));
       }
     }
   }

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include <immintrin.h>
+#include "vectors.h"
 
 namespace llama31 {
 
@@ -17,32 +17,29 @@ T *Scratch(std::vector<T> &buffer, int64_t count) {
   return buffer.data();
 }
 
-inline __m512 Exp(__m512 x) {  // 2^n * polynomial, relative error under 2e-7 (Cephes expf)
-  x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.3f)), _mm512_set1_ps(-87.3f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+inline Vector Exp(Vector x) {  // 2^n * polynomial, relative error under 2e-7 (Cephes expf)
+  x = Max(Min(x, Fill(88.3f)), Fill(-87.3f));
+  const Vector n = RoundToEven(x * Fill(1.44269504f));
+  Vector r = NegativeMultiplyAdd(n, Fill(0.693359375f), x);
+  r = NegativeMultiplyAdd(n, Fill(-2.12194440e-4f), r);
+  Vector p = Fill(1.9875691500e-4f);
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    p = MultiplyAdd(p, r, Fill(c));
   }
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  return _mm512_scalef_ps(p, n);
+  p = MultiplyAdd(p, r * r, r + Fill(1.0f));
+  return TimesPowerOfTwo(p, n);
 }
 
-inline __mmask16 Mask(int64_t left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1); }
-
 inline void RmsNorm(const float *x, const float *weight, float eps, int64_t width, float *out) {
-  __m512 squares = _mm512_setzero_ps();
-  for (int64_t i = 0; i < width; i += 16) {
-    const __m512 v = _mm512_maskz_loadu_ps(Mask(width - i), x + i);
-    squares = _mm512_fmadd_ps(v, v, squares);
+  Vector squares = Zero();
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Vector v = Load(x + i, FirstLanes(width - i));
+    squares = MultiplyAdd(v, v, squares);
   }
-  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps));
-  for (int64_t i = 0; i < width; i += 16) {
-    const __mmask16 mask = Mask(width - i);
-    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
-    _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i)));
+  const Vector scale = Fill(1.0f / std::sqrt(SumOf(squares) / width + eps));
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Mask mask = FirstLanes(width - i);
+    Store(out + i, mask, Load(x + i, mask) * scale * Load(weight + i, mask));
   }
 }
 
@@ -58,11 +55,10 @@ inline void Rotate(float *head, const float *cosine, const float *sine, int64_t 
 
 // gate = silu(gate) * up.
 inline void SwiGlu(float *gate, const float *up, int64_t width) {
-  for (int64_t i = 0; i < width; i += 16) {
-    const __mmask16 mask = Mask(width - i);
-    const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i), u = _mm512_maskz_loadu_ps(mask, up + i);
-    const __m512 one_plus = _mm512_add_ps(_mm512_set1_ps(1.0f), Exp(_mm512_sub_ps(_mm512_setzero_ps(), g)));
-    _mm512_mask_storeu_ps(gate + i, mask, _mm512_mul_ps(_mm512_div_ps(g, one_plus), u));
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Mask mask = FirstLanes(width - i);
+    const Vector g = Load(gate + i, mask), one_plus = Fill(1.0f) + Exp(Zero() - g);
+    Store(gate + i, mask, g / one_plus * Load(up + i, mask));
   }
 }
 

@@ -86,32 +86,28 @@ class TrainingAttention {
   void Weights(int64_t b, const Tile &tile, const float *query, const float *keys_t, float *p) const {
     Gemm{query + tile.first * q_row(), q_row(), 1, keys_t + tile.key, key_row(), p, tile.row, tile.count, tile.columns,
          width, false}.Run();
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(static_cast<float>(width))), hidden = _mm512_set1_ps(-1e30f);
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Vector scale = Fill(1.0f / std::sqrt(static_cast<float>(width))), hidden = Fill(-1e30f);
     for (int64_t r = 0; r < tile.count; ++r) {
       float *row = p + r * tile.row;
-      const __m512i last = _mm512_set1_epi32(static_cast<int>(tile.first + r - tile.key));
-      const __m512i from = _mm512_set1_epi32(static_cast<int>(starts[b * tokens + tile.first + r] - tile.key));
-      auto seen = [&](int64_t i) {
-        const __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(i)));
-        return _mm512_cmple_epi32_mask(at, last) & _mm512_cmpge_epi32_mask(at, from);
-      };
-      __m512 largest = hidden;
-      for (int64_t i = 0; i < tile.columns; i += 16) {
-        const __m512 score = _mm512_mask_mul_ps(hidden, seen(i), _mm512_loadu_ps(row + i), scale);
-        _mm512_storeu_ps(row + i, score);
-        largest = _mm512_max_ps(largest, score);
+      const auto last = static_cast<int32_t>(tile.first + r - tile.key);
+      const auto from = static_cast<int32_t>(starts[b * tokens + tile.first + r] - tile.key);
+      const auto seen = [&](int64_t i) { return LanesBetween(i, from, last); };
+      Vector largest = hidden;
+      for (int64_t i = 0; i < tile.columns; i += kLanes) {
+        const Vector score = Select(seen(i), Load(row + i) * scale, hidden);
+        Store(row + i, score);
+        largest = Max(largest, score);
       }
-      const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t i = 0; i < tile.columns; i += 16) {
-        const __m512 e = _mm512_maskz_mov_ps(seen(i), Exp(_mm512_sub_ps(_mm512_loadu_ps(row + i), top)));
-        _mm512_storeu_ps(row + i, e);
-        sum = _mm512_add_ps(sum, e);
+      const Vector top = Fill(MaxOf(largest));
+      Vector sum = Zero();
+      for (int64_t i = 0; i < tile.columns; i += kLanes) {
+        const Vector e = Keep(seen(i), Exp(Load(row + i) - top));
+        Store(row + i, e);
+        sum += e;
       }
-      const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
-      for (int64_t i = 0; i < tile.columns; i += 16) {
-        _mm512_storeu_ps(row + i, _mm512_mul_ps(_mm512_loadu_ps(row + i), share));
+      const Vector share = Fill(1.0f / SumOf(sum));
+      for (int64_t i = 0; i < tile.columns; i += kLanes) {
+        Store(row + i, Load(row + i) * share);
       }
     }
   }
@@ -162,15 +158,15 @@ class TrainingAttention {
 
   // d_s = p * (d_p - sum(out * d_out)) / sqrt(D), where d_s holds d_p.
   void Slopes(const float *p, int64_t count, const float *out, const float *d_out, float *d_s) const {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 16) {
-      sum = _mm512_fmadd_ps(_mm512_loadu_ps(out + i), _mm512_loadu_ps(d_out + i), sum);
+    Vector sum = Zero();
+    for (int64_t i = 0; i < width; i += kLanes) {
+      sum = MultiplyAdd(Load(out + i), Load(d_out + i), sum);
     }
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(static_cast<float>(width)));
-    for (int64_t i = 0; i < count; i += 16) {
-      const __m512 slope = _mm512_mul_ps(_mm512_loadu_ps(p + i), _mm512_sub_ps(_mm512_loadu_ps(d_s + i), mean));
-      _mm512_storeu_ps(d_s + i, _mm512_mul_ps(slope, scale));
+    const Vector mean = Fill(SumOf(sum));
+    const Vector scale = Fill(1.0f / std::sqrt(static_cast<float>(width)));
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vector slope = Load(p + i) * (Load(d_s + i) - mean);
+      Store(d_s + i, slope * scale);
     }
   }
 
@@ -178,15 +174,15 @@ class TrainingAttention {
     const int64_t size = tokens * width, first = b * heads + kv_head * group();
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t to = (b * tokens + t) * kv_row() + kv_head * width;
-      for (int64_t i = 0; i < width; i += 16) {
-        __m512 keys = _mm512_setzero_ps(), values = _mm512_setzero_ps();
+      for (int64_t i = 0; i < width; i += kLanes) {
+        Vector keys = Zero(), values = Zero();
         for (int64_t g = 0; g < group(); ++g) {
           const float *part = own + 2 * (first + g) * size + t * width + i;
-          keys = _mm512_add_ps(keys, _mm512_loadu_ps(part));
-          values = _mm512_add_ps(values, _mm512_loadu_ps(part + size));
+          keys += Load(part);
+          values += Load(part + size);
         }
-        _mm512_storeu_ps(d_k + to + i, keys);
-        _mm512_storeu_ps(d_v + to + i, values);
+        Store(d_k + to + i, keys);
+        Store(d_v + to + i, values);
       }
     }
   }

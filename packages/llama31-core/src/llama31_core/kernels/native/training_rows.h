@@ -15,12 +15,12 @@ namespace llama31 {
 // Calls body(i, mask) for vectors of the numbers begin .. end.
 template <typename Body>
 inline void ForVectors(int64_t begin, int64_t end, const Body &body) {
-  for (int64_t i = begin; i < end; i += 16) body(i, Mask(end - i));
+  for (int64_t i = begin; i < end; i += kLanes) body(i, FirstLanes(end - i));
 }
 
-inline __m512 Sigmoid(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(one, _mm512_add_ps(one, Exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+inline Vector Sigmoid(Vector x) {
+  const Vector one = Fill(1.0f);
+  return one / (one + Exp(Zero() - x));
 }
 
 struct TrainingNorm {
@@ -58,22 +58,22 @@ struct TrainingNorm {
 
   // With r = 1 / rms(x): d_x = r w d - x r^3 mean(x w d), and r x d is added to the weight's gradient.
   void BackwardRow(const float *in, const float *d, float *d_in, float *d_weight) const {
-    __m512 squares = _mm512_setzero_ps(), products = _mm512_setzero_ps();
-    ForVectors(0, width, [&](int64_t i, __mmask16 mask) {
-      const __m512 v = _mm512_maskz_loadu_ps(mask, in + i);
-      const __m512 slope = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, d + i), _mm512_maskz_loadu_ps(mask, weight + i));
-      squares = _mm512_fmadd_ps(v, v, squares);
-      products = _mm512_fmadd_ps(v, slope, products);
+    Vector squares = Zero(), products = Zero();
+    ForVectors(0, width, [&](int64_t i, Mask mask) {
+      const Vector v = Load(in + i, mask);
+      const Vector slope = Load(d + i, mask) * Load(weight + i, mask);
+      squares = MultiplyAdd(v, v, squares);
+      products = MultiplyAdd(v, slope, products);
     });
-    const float factor = 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps);
-    const __m512 r = _mm512_set1_ps(factor);
-    const __m512 share = _mm512_set1_ps(factor * factor * factor * _mm512_reduce_add_ps(products) / width);
-    ForVectors(0, width, [&](int64_t i, __mmask16 mask) {
-      const __m512 v = _mm512_maskz_loadu_ps(mask, in + i), slope = _mm512_maskz_loadu_ps(mask, d + i);
-      const __m512 own = _mm512_mul_ps(r, _mm512_mul_ps(slope, _mm512_maskz_loadu_ps(mask, weight + i)));
-      _mm512_mask_storeu_ps(d_in + i, mask, _mm512_fnmadd_ps(v, share, own));
-      const __m512 sum = _mm512_fmadd_ps(_mm512_mul_ps(r, v), slope, _mm512_maskz_loadu_ps(mask, d_weight + i));
-      _mm512_mask_storeu_ps(d_weight + i, mask, sum);
+    const float factor = 1.0f / std::sqrt(SumOf(squares) / width + eps);
+    const Vector r = Fill(factor);
+    const Vector share = Fill(factor * factor * factor * SumOf(products) / width);
+    ForVectors(0, width, [&](int64_t i, Mask mask) {
+      const Vector v = Load(in + i, mask), slope = Load(d + i, mask);
+      const Vector own = r * (slope * Load(weight + i, mask));
+      Store(d_in + i, mask, NegativeMultiplyAdd(v, share, own));
+      const Vector sum = MultiplyAdd(r * v, slope, Load(d_weight + i, mask));
+      Store(d_weight + i, mask, sum);
     });
   }
 };
@@ -81,23 +81,23 @@ struct TrainingNorm {
 // out = silu(gate) * up.
 inline void TrainingSwiGlu(const float *gate, const float *up, int64_t count, float *out) {
   ThreadPool::Get().For(count, 1 << 14, [&](int64_t begin, int64_t end) {
-    ForVectors(begin, end, [&](int64_t i, __mmask16 mask) {
-      const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i), u = _mm512_maskz_loadu_ps(mask, up + i);
-      _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(_mm512_mul_ps(g, Sigmoid(g)), u));
+    ForVectors(begin, end, [&](int64_t i, Mask mask) {
+      const Vector g = Load(gate + i, mask), u = Load(up + i, mask);
+      Store(out + i, mask, g * Sigmoid(g) * u);
     });
   });
 }
 
 inline void TrainingSwiGluGradient(const float *gate, const float *up, const float *d_out, int64_t count, float *d_gate,
                                    float *d_up) {
-  const __m512 one = _mm512_set1_ps(1.0f);
+  const Vector one = Fill(1.0f);
   ThreadPool::Get().For(count, 1 << 14, [&](int64_t begin, int64_t end) {
-    ForVectors(begin, end, [&](int64_t i, __mmask16 mask) {
-      const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i), u = _mm512_maskz_loadu_ps(mask, up + i);
-      const __m512 d = _mm512_maskz_loadu_ps(mask, d_out + i), s = Sigmoid(g);
-      const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one));  // of silu
-      _mm512_mask_storeu_ps(d_up + i, mask, _mm512_mul_ps(d, _mm512_mul_ps(g, s)));
-      _mm512_mask_storeu_ps(d_gate + i, mask, _mm512_mul_ps(_mm512_mul_ps(d, u), slope));
+    ForVectors(begin, end, [&](int64_t i, Mask mask) {
+      const Vector g = Load(gate + i, mask), u = Load(up + i, mask);
+      const Vector d = Load(d_out + i, mask), s = Sigmoid(g);
+      const Vector slope = s * MultiplyAdd(g, one - s, one);  // of silu
+      Store(d_up + i, mask, d * (g * s));
+      Store(d_gate + i, mask, d * u * slope);
     });
   });
 }
@@ -106,19 +106,19 @@ inline void TrainingSwiGluGradient(const float *gate, const float *up, const flo
 inline void TrainingTurn(const float *x, const float *cosines, const float *sines, int64_t rows, int64_t heads,
                          int64_t width, bool is_back, float *out) {
   const int64_t half = width / 2;
-  const __m512 sign = _mm512_set1_ps(is_back ? -1.0f : 1.0f);
+  const Vector sign = Fill(is_back ? -1.0f : 1.0f);
   ThreadPool::Get().For(rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin * heads; item < end * heads; ++item) {
       const float *from = x + item * width, *cosine = cosines + item / heads * width;
       const float *sine = sines + item / heads * width;
       float *to = out + item * width;
-      ForVectors(0, half, [&](int64_t i, __mmask16 mask) {
-        const __m512 c = _mm512_maskz_loadu_ps(mask, cosine + i);
-        const __m512 s = _mm512_mul_ps(sign, _mm512_maskz_loadu_ps(mask, sine + i));
-        const __m512 first = _mm512_maskz_loadu_ps(mask, from + i);
-        const __m512 second = _mm512_maskz_loadu_ps(mask, from + half + i);
-        _mm512_mask_storeu_ps(to + i, mask, _mm512_fmsub_ps(first, c, _mm512_mul_ps(second, s)));
-        _mm512_mask_storeu_ps(to + half + i, mask, _mm512_fmadd_ps(second, c, _mm512_mul_ps(first, s)));
+      ForVectors(0, half, [&](int64_t i, Mask mask) {
+        const Vector c = Load(cosine + i, mask);
+        const Vector s = sign * Load(sine + i, mask);
+        const Vector first = Load(from + i, mask);
+        const Vector second = Load(from + half + i, mask);
+        Store(to + i, mask, MultiplySubtract(first, c, second * s));
+        Store(to + half + i, mask, MultiplyAdd(second, c, first * s));
       });
     }
   });
@@ -130,23 +130,23 @@ inline float CrossEntropyRow(const float *logits, int32_t label, int64_t vocab, 
     std::fill(d_logits, d_logits + vocab, 0.0f);
     return 0.0f;
   }
-  const __m512 lowest = _mm512_set1_ps(-3.0e38f);
-  __m512 largest = lowest;
-  ForVectors(0, vocab, [&](int64_t i, __mmask16 mask) {
-    largest = _mm512_max_ps(largest, _mm512_mask_loadu_ps(lowest, mask, logits + i));
+  const Vector lowest = Fill(-3.0e38f);
+  Vector largest = lowest;
+  ForVectors(0, vocab, [&](int64_t i, Mask mask) {
+    largest = Max(largest, Select(mask, Load(logits + i, mask), lowest));
   });
-  const float top = _mm512_reduce_max_ps(largest);
-  const __m512 tops = _mm512_set1_ps(top);
-  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  ForVectors(0, vocab, [&](int64_t i, __mmask16 mask) {
-    const __m512 e = _mm512_maskz_mov_ps(mask, Exp(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, logits + i), tops)));
-    _mm512_mask_storeu_ps(d_logits + i, mask, e);
-    sums[i / 16 % 2] = _mm512_add_ps(sums[i / 16 % 2], e);
+  const float top = MaxOf(largest);
+  const Vector tops = Fill(top);
+  Vector sums[2] = {Zero(), Zero()};
+  ForVectors(0, vocab, [&](int64_t i, Mask mask) {
+    const Vector e = Keep(mask, Exp(Load(logits + i, mask) - tops));
+    Store(d_logits + i, mask, e);
+    sums[i / kLanes % 2] += e;
   });
-  const float sum = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
-  const __m512 share = _mm512_set1_ps(1.0f / sum);
-  ForVectors(0, vocab, [&](int64_t i, __mmask16 mask) {
-    _mm512_mask_storeu_ps(d_logits + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, d_logits + i), share));
+  const float sum = SumOf(sums[0] + sums[1]);
+  const Vector share = Fill(1.0f / sum);
+  ForVectors(0, vocab, [&](int64_t i, Mask mask) {
+    Store(d_logits + i, mask, Load(d_logits + i, mask) * share);
   });
   d_logits[label] -= 1.0f;
   return std::log(sum) + top - logits[label];
