@@ -1,6 +1,6 @@
 """Prefill and decoding of one model here, beside transformers and llama.cpp, and beside what the memory allows.
 
-    python tools/bench/inference.py MODEL_DIR --gguf FILE [--rounds 5] [--json OUT] [--quick]
+    python tools/bench/inference.py MODEL_DIR --gguf FILE [--rounds 5] [--json OUT] [--quick] [--leave_out LABEL …]
 
 MODEL_DIR holds the bfloat16 weights; ours of 8 and 4 bits are made of them (`llama31-ckpt quantize`, to nearest). FILE
 is any GGUF file of the same architecture and vocabulary, of which the description and vocabulary are taken for
@@ -87,7 +87,7 @@ def start(label: str, name: str, model: str, threads: int) -> Contender:
     return contender
 
 
-def contenders(model_dir: Path, gguf: Path, scratch: Path, threads: int) -> list[Contender]:
+def contenders(model_dir: Path, gguf: Path, scratch: Path, threads: int, left_out: list[str]) -> list[Contender]:
     """Ours first, then each peer that is installed."""
     wanted = [("llama31 bf16", "llama31", str(model_dir))]
     for bits in (8, 4):
@@ -102,13 +102,17 @@ def contenders(model_dir: Path, gguf: Path, scratch: Path, threads: int) -> list
     ]
     for kind in ("F32", "BF16", "Q8_0", "Q4_0"):
         wanted.append((f"llama.cpp {kind}", "llama.cpp", str(scratch / f"{kind}.gguf")))
+    if unknown := set(left_out) - {label for label, _, _ in wanted[1:]}:
+        allowed = ", ".join(repr(label) for label, _, _ in wanted[1:])
+        raise SystemExit(f"--leave_out {', '.join(sorted(unknown))}: allowed are {allowed}")
     missing = {name for name, module in _MODULES.items() if importlib.util.find_spec(module) is None}
     for name in sorted(missing):
         print(f"{name} is not installed and left out", file=sys.stderr)
-    if "llama.cpp" not in missing:
-        for kind in ("F32", "BF16", "Q8_0", "Q4_0"):
-            write_gguf(hf, gguf, kind, scratch / f"{kind}.gguf")
-    return [start(label, name, model, threads) for label, name, model in wanted if name not in missing]
+    taken = [(label, name, model) for label, name, model in wanted if name not in missing and label not in left_out]
+    for label, name, model in taken:
+        if name == "llama.cpp":
+            write_gguf(hf, gguf, label.split()[-1], Path(model))
+    return [start(label, name, model, threads) for label, name, model in taken]
 
 
 def measure(all_contenders: list[Contender], names: list[str], rounds: int) -> None:
@@ -136,7 +140,7 @@ def report(all_contenders: list[Contender], names: list[str]) -> dict[str, dict[
         cells = []
         for name in names:
             rate = tokens_of(_WORK[name]) / statistics.median(contender.seconds[name])
-            own = ours[_OF_SAME_BITS.get(contender.label, "llama31 bf16")]
+            own = ours.get(_OF_SAME_BITS.get(contender.label, ""), ours["llama31 bf16"])
             pairs = zip(contender.seconds[name], own.seconds[name], strict=True)
             ratio = statistics.median(theirs / mine for theirs, mine in pairs)
             result.setdefault(contender.label, {})[name] = {"tokens_per_s": rate, "ours_to_it": ratio}
@@ -153,13 +157,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(_QUICK)}")
+    parser.add_argument("--leave_out", nargs="+", metavar="LABEL", default=[], help="contenders to do without")
     parser.add_argument("--json", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
     names = list(_QUICK if args.quick else _WORK)
     weight_bytes = (args.model_dir / "model.safetensors").stat().st_size
     with tempfile.TemporaryDirectory() as scratch:
         before = read_bandwidth(args.threads)
-        all_contenders = contenders(args.model_dir, args.gguf, Path(scratch), args.threads)
+        all_contenders = contenders(args.model_dir, args.gguf, Path(scratch), args.threads, args.leave_out)
         try:
             measure(all_contenders, names, args.rounds)
         finally:
