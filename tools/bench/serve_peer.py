@@ -1,22 +1,24 @@
-"""The HTTP door under load beside `transformers serve` over the same weights, both asked by the official openai client.
+"""The HTTP door under load beside other servers of the same weights, all asked by the official openai client.
 
-    python tools/bench/serve_peer.py --model MODEL_DIR --hf HF_DIR
+    python tools/bench/serve_peer.py --model MODEL_DIR [--hf HF_DIR] [--llama_server PROGRAM --gguf FILE]
 
-HF_DIR is the same model as transformers reads it (`llama31-ckpt convert --reversed`). Both servers run at the same time
-and are loaded in turns: chats of real questions, greedy, streamed, so many in flight at all times. Rates count the
-tokens that each server says it made; ratios are medians over the rounds. Needs pip install 'transformers[serving]'.
+HF_DIR is the same model as transformers reads it (`llama31-ckpt convert --reversed`), for `transformers serve`, which
+needs pip install 'transformers[serving]'. PROGRAM is llama.cpp's `llama-server`, FILE the same weights for it. All
+servers run at the same time and are loaded in turns: chats of real questions, greedy, streamed, so many in flight at
+all times. Rates count the tokens that each server says it made; ratios are medians over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -29,6 +31,7 @@ from bench.tokenizer_timing import print_table
 from free_port import free_port
 
 _START_LIMIT_S = 180
+_SLOT_TOKENS = 1024  # of a chat, prompt and answer
 _TOPICS = ("rivers", "bread", "glaciers", "maps", "bridges", "honey", "clocks", "kites", "harbours", "looms")
 _QUESTIONS = [f"Tell me about {topic} in {place}." for place in ("Peru", "Norway", "Japan") for topic in _TOPICS]
 
@@ -40,21 +43,56 @@ class Served(NamedTuple):
     first_token_ms: float
 
 
+class Server(NamedTuple):
+    """One that is measured: how it is started, where it says that it is ready, and what it calls the model."""
+
+    label: str
+    command: list[str]
+    port: int
+    ready: str
+    model: str
+
+
+def ours(model_dir: Path) -> Server:
+    """`llama31-serve start`."""
+    port = free_port()
+    command = [sys.executable, "-m", "llama31_serve", "start", "--model", str(model_dir), "--port", "0"]
+    command += ["--http_port", str(port), "--model_name", "bench", "--status_period_s", "0"]
+    return Server("llama31", command, port, "/v1/models", "bench")
+
+
+def transformers_serve(hf: Path) -> Server:
+    """Hugging Face's, in bfloat16; it answers one request after the other."""
+    port = free_port()
+    main = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", main, "serve", str(hf), "--device", "cpu", "--dtype", "bfloat16"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    return Server("transformers serve", command, port, "/health", str(hf))
+
+
+def llama_server(program: Path, gguf: Path, slots: int) -> Server:
+    """llama.cpp's, with continuous batching over `slots` sequences and a thread a core, as ours."""
+    port, threads = free_port(), str(len(os.sched_getaffinity(0)))
+    command = [str(program), "-m", str(gguf), "--host", "127.0.0.1", "--port", str(port), "-np", str(slots)]
+    command += ["-c", str(slots * _SLOT_TOKENS), "-t", threads, "-tb", threads]
+    return Server("llama.cpp server", command, port, "/health", "bench")
+
+
 @contextmanager
-def running(command: list[str], port: int, route: str) -> Iterator[str]:
-    """A server, from when it answers at a route on; gives the address of its OpenAI routes."""
-    address = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+def running(server: Server) -> Iterator[str]:
+    """A server, from when it is ready on; gives the address of its OpenAI routes."""
+    address = f"http://127.0.0.1:{server.port}"
+    with subprocess.Popen(server.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             deadline_s = time.monotonic() + _START_LIMIT_S
-            while not _answers(f"{address}{route}"):
-                if server.poll() is not None or time.monotonic() > deadline_s:
-                    raise SystemExit(f"{' '.join(command)}: did not start (exit code {server.poll()})")
+            while not _answers(f"{address}{server.ready}"):
+                if process.poll() is not None or time.monotonic() > deadline_s:
+                    raise SystemExit(f"{' '.join(server.command)}: did not start (exit code {process.poll()})")
                 time.sleep(0.5)
             yield f"{address}/v1"
         finally:
-            server.terminate()
-            server.wait(60)
+            process.terminate()
+            process.wait(60)
 
 
 def _answers(url: str) -> bool:
@@ -94,47 +132,51 @@ async def load(address: str, model: str, concurrency: int, requests: int, tokens
         return Served(made / (time.perf_counter() - began_s), median(first_ms))
 
 
+def measure(servers: list[Server], concurrencies: list[int], rounds: int, tokens: int) -> list[list[str]]:
+    """A row for each number of chats in flight."""
+    rows = []
+    with ExitStack() as stack:
+        addresses = [stack.enter_context(running(server)) for server in servers]
+        for server, address in zip(servers, addresses, strict=True):
+            asyncio.run(load(address, server.model, 1, 2, 8))
+        for concurrency in concurrencies:
+            seen: list[list[Served]] = [[] for _ in servers]
+            for number in range(rounds):
+                for index in list(range(len(servers)))[:: -1 if number % 2 else 1]:
+                    asked = load(addresses[index], servers[index].model, concurrency, max(4, 2 * concurrency), tokens)
+                    seen[index].append(asyncio.run(asked))
+            row = [str(concurrency), *(f"{median(s.tokens_per_s for s in found):.0f}" for found in seen)]
+            for found in seen[1:]:
+                pairs = zip(seen[0], found, strict=True)
+                row.append(f"{median(own.tokens_per_s / theirs.tokens_per_s for own, theirs in pairs):.2f}")
+            row += [f"{median(s.first_token_ms for s in found):,.0f}" for found in seen]
+            rows.append(row)
+            print(" ".join(row), file=sys.stderr, flush=True)
+    return rows
+
+
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model directory")
-    parser.add_argument("--hf", type=Path, required=True, help="the same model for transformers")
+    parser.add_argument("--hf", type=Path, help="the same model for transformers")
+    parser.add_argument("--llama_server", type=Path, help="llama.cpp's program")
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=48, help="the most of an answer")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    ports = free_port(), free_port()
-    ours = [sys.executable, "-m", "llama31_serve", "start", "--model", str(arguments.model), "--port", "0"]
-    ours += ["--http_port", str(ports[0]), "--model_name", "bench", "--status_period_s", "0"]
-    serve = "from transformers.cli.transformers import main; main()"
-    peer = [sys.executable, "-c", serve, "serve", str(arguments.hf), "--device", "cpu", "--dtype", "bfloat16"]
-    peer += ["--host", "127.0.0.1", "--port", str(ports[1])]
-    rows = []
-    with running(ours, ports[0], "/v1/models") as first, running(peer, ports[1], "/health") as second:
-        names = {first: "bench", second: str(arguments.hf)}
-        for address, model in names.items():
-            asyncio.run(load(address, model, 1, 2, 8))
-        for concurrency in arguments.concurrency:
-            seen: dict[str, list[Served]] = {address: [] for address in names}
-            for number in range(arguments.rounds):
-                for address in list(names)[:: -1 if number % 2 else 1]:
-                    requests = max(4, 2 * concurrency)
-                    seen[address].append(
-                        asyncio.run(load(address, names[address], concurrency, requests, arguments.tokens))
-                    )
-            ratio = median(a.tokens_per_s / b.tokens_per_s for a, b in zip(*seen.values(), strict=True))
-            row = [str(concurrency), *(f"{median(s.tokens_per_s for s in found):.0f}" for found in seen.values())]
-            row += [f"{ratio:.2f}", *(f"{median(s.first_token_ms for s in found):,.0f}" for found in seen.values())]
-            rows.append(row)
-            print(" ".join(row), file=sys.stderr, flush=True)
-    header = [
-        "in flight",
-        "llama31 tokens/s",
-        "transformers serve",
-        "ratio",
-        "first token p50 ms",
-        "transformers serve",
-    ]
+    if (arguments.llama_server is None) != (arguments.gguf is None):
+        parser.error("--llama_server and --gguf belong together")
+    servers = [ours(arguments.model)]
+    if arguments.hf is not None:
+        servers.append(transformers_serve(arguments.hf))
+    if arguments.gguf is not None:
+        servers.append(llama_server(arguments.llama_server, arguments.gguf, max(arguments.concurrency)))
+    rows = measure(servers, arguments.concurrency, arguments.rounds, arguments.tokens)
+    labels = [server.label for server in servers]
+    header = ["in flight", *(f"{label} tokens/s" for label in labels), *(f"to {label}" for label in labels[1:])]
+    header += [f"{label}: first token p50 ms" for label in labels]
     print_table(f"Chats of up to {arguments.tokens} tokens, medians of {arguments.rounds} rounds", header, rows)
     return 0
 
