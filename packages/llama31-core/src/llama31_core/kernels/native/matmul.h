@@ -4,109 +4,23 @@
 // same bits whatever else is in the batch.
 #pragma once
 
-#include <cstdint>
 #include <algorithm>
-#include <cstring>
+#include <cstdint>
 #include <type_traits>
 #include <vector>
 
+#include "numbers.h"
 #include "rows.h"
 #include "thread_pool.h"
 #include "vectors.h"
 
 namespace llama31 {
 
-struct Bf16 {
-  uint16_t bits;
-};
-
-// One step of K: how many elements, how to load them (the last step is masked) and how to multiply and add.
-template <typename T>
-struct Lanes;
-
-template <>
-struct Lanes<float> {
-  static constexpr int kStep = kLanes;
-  static Vector Load(const float *p) { return llama31::Load(p); }
-  static Vector Load(const float *p, int count) { return llama31::Load(p, FirstLanes(count)); }
-  static Vector Add(Vector sum, Vector a, Vector b) { return MultiplyAdd(a, b, sum); }
-};
-
-// `Factor<T>`: what rows of x are rounded to, to be multiplied with a weight of type T.
-#ifdef __AVX512BF16__
-
-constexpr int kTileRows = 6;
-
-template <typename T>
-using Factor = T;
-
-template <>
-struct Lanes<Bf16> {
-  static constexpr int kStep = 32;
-  static __m512i Load(const Bf16 *p) { return _mm512_loadu_si512(p); }
-  static __m512i Load(const Bf16 *p, int count) {
-    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
-  }
-  static Vector Add(Vector sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-};
-
-#else
-
-constexpr int kTileRows = 3;
-
-template <typename T>
-using Factor = float;
-
-// Loaded as float32: there is no product of bfloat16.
-template <>
-struct Lanes<Bf16> {
-  static constexpr int kStep = kLanes;
-  static Vector Load(const Bf16 *p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-  }
-  static Vector Load(const Bf16 *p, int count) {
-    Bf16 some[kStep] = {};
-    std::copy(p, p + count, some);
-    return Load(some);
-  }
-};
-
-#endif
-
 // A weight as the operator is given it; scales and biases, (N, G), are null where it is not quantised.
 struct Stored {
   const void *data;
   const float *scales, *biases;
 };
-
-// Rows of float32 as the product takes them: as they are, or rounded to the nearest bfloat16.
-inline void Convert(const float *from, float *to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
-
-#ifdef __AVX512BF16__
-inline void Convert(const float *from, Bf16 *to, int64_t count) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + i));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + i), (__m256i)rounded);
-  }
-  if (i < count) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << (count - i)) - 1);
-    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from + i));
-    _mm256_mask_storeu_epi16(to + i, mask, (__m256i)rounded);
-  }
-}
-#endif
-
-// Rows of a weight's type as float32.
-inline void Widen(const float *from, float *to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
-
-inline void Widen(const Bf16 *from, float *to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i].bits) << 16;
-    std::memcpy(to + i, &bits, sizeof(bits));
-  }
-}
 
 // Four rows of a weight as they are, wherever they lie. How `Tile` sees rows: columns come in groups, for each of which
 // it keeps what Begin gives.
@@ -138,7 +52,7 @@ inline void Tile(const T *x, int64_t x_stride, const Rows &rows, int64_t k, int6
     for (int j = 0; j < 4; ++j) ws[j] = load_row(j);
     for (int i = 0; i < MR; ++i) {
       const auto xi = load_x(x + i * x_stride + at);
-      for (int j = 0; j < 4; ++j) sums[i][j] = L::Add(sums[i][j], xi, ws[j]);
+      for (int j = 0; j < 4; ++j) sums[i][j] = L::Accumulate(sums[i][j], xi, ws[j]);
     }
   };
   int64_t at = 0;
@@ -159,6 +73,8 @@ inline void Tile(const T *x, int64_t x_stride, const Rows &rows, int64_t k, int6
   }
   for (int i = 0; i < MR; ++i) out[i] = SumEach(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
 }
+
+constexpr int kTileRows = kLanes == 16 ? 6 : 3;  // of x: sums of as many rows times four stay in registers
 
 // Any number of rows of x up to MR.
 template <int MR = kTileRows, typename T, typename Rows>

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "matmul.h"
+#include "numbers.h"
 #include "rows.h"
 
 namespace llama31 {
