@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +18,10 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from prometheus_client.parser import text_string_to_metric_families
 
 from llama31_serve import InvalidRequestError, OverloadedError
+from llama31_serve.errors import StartError
 from llama31_serve.server.echo_engine import EchoEngine
 from llama31_serve.server.tallies import Histogram
-from llama31_serve.server.tracing import Tracing
+from llama31_serve.server.tracing import PROTOCOL_VARIABLES, Tracing, make_exporter
 from llama31_serve.stubs import inference_pb2 as pb
 from llama31_serve.stubs.inference_pb2_grpc import InferenceServiceStub
 
@@ -157,3 +159,24 @@ async def test_traces_continue_the_callers(serve: Serve) -> None:
         assert root.start_time is not None
         assert all(child.start_time is not None and child.start_time >= root.start_time for child in children)
     assert [root.attributes["gen_ai.usage.output_tokens"] for root in roots if root.attributes] == [20, 3]
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}, "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/json', allowed are http"),
+        ({"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "x", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "TRACES_PROTOCOL is 'x'"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "--traces otlp over grpc needs: pip install opent"),
+    ],
+)
+def test_otlp_speaks_the_protocol_that_opentelemetrys_variables_say(
+    variables: dict[str, str], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in PROTOCOL_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert type(make_exporter("otlp")).__module__ == "opentelemetry.exporter.otlp.proto.http.trace_exporter"
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)  # not installed
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StartError, match=problem):
+        make_exporter("otlp")

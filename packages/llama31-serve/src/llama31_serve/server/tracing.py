@@ -5,6 +5,8 @@ Attribute names are those of the semantic conventions for generative AI, and vLL
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Mapping
 from typing import Literal
 
@@ -20,6 +22,12 @@ from llama31_serve.server.observer import Observer, RequestRecord
 
 Exporter = Literal["console", "otlp"]
 NS = 1_000_000_000
+PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_OTLP = "opentelemetry.exporter.otlp.proto"
+OTLP_EXPORTERS = {  # by protocol, the default first: the module, and what has it
+    "http/protobuf": (f"{_OTLP}.http.trace_exporter", "'llama31-serve[tracing]'"),
+    "grpc": (f"{_OTLP}.grpc.trace_exporter", "opentelemetry-exporter-otlp-proto-grpc"),
+}
 
 
 class Tracing(Observer):
@@ -76,12 +84,16 @@ class Tracing(Observer):
 
 
 def make_exporter(kind: Exporter) -> SpanExporter:
-    """`otlp` reads OpenTelemetry's own environment variables. Raises StartError if it is not installed."""
+    """`otlp` reads OpenTelemetry's own environment variables. Raises StartError if what they ask for is not there."""
     if kind == "console":
         return ConsoleSpanExporter()
+    said = ((name, os.environ.get(name)) for name in PROTOCOL_VARIABLES)
+    name, protocol = next(((name, value) for name, value in said if value), ("", next(iter(OTLP_EXPORTERS))))
+    if protocol not in OTLP_EXPORTERS:
+        raise StartError(f"{name} is {protocol!r}, allowed are {' and '.join(OTLP_EXPORTERS)}")
+    module, install = OTLP_EXPORTERS[protocol]
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        exporter: SpanExporter = importlib.import_module(module).OTLPSpanExporter()
     except ImportError as error:
-        raise StartError(f"{error}; --traces otlp needs: pip install 'llama31-serve[tracing]'") from error
-    exporter: SpanExporter = OTLPSpanExporter()
+        raise StartError(f"{error}; --traces otlp over {protocol} needs: pip install {install}") from error
     return exporter
