@@ -113,6 +113,12 @@ async def test_adapters(serve: Serve, tmp_path: Path) -> None:
                 await running.client.generate("ab", adapter="law")
             loaded = await asyncio.to_thread(control.load_adapter, "law", str(tmp_path))
             assert (loaded.name, loaded.source) == ("law", str(tmp_path))
+            with pytest.raises(RpcError, match="no adapter 'lore' is loaded, only law; load it first, or ask for none"):
+                await running.client.generate("ab", adapter="lore")
+            own = running.server.options.model_name
+            for name, problem in ((own, f"name: '{own}' is the model's own"), ("a" * 129, "name: has 129 characters")):
+                with pytest.raises(InvalidRequestError, match=problem):
+                    await asyncio.to_thread(control.load_adapter, name, str(tmp_path))
             assert (await running.client.generate("ab", max_tokens=2, adapter="law")).text == "ab"
             assert engine.asked[-1].adapter == "law"
             assert await asyncio.to_thread(control.list_adapters) == [loaded]

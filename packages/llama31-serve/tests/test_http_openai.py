@@ -156,12 +156,18 @@ async def test_completions_stream(client: AsyncOpenAI) -> None:
 
 async def test_models_and_adapters(serve: Serve, tmp_path: Path) -> None:
     async with serve(**HTTP) as running, client_of(running) as client:
-        running.engine.load_adapter("tuned", tmp_path)
+        running.server.engine.call(lambda engine: engine.load_adapter("tuned", tmp_path)).result(timeout=10)
         assert [model.id async for model in client.models.list()] == ["model", "tuned"]
         answer = await client.chat.completions.create(model="tuned", messages=HI, max_tokens=2)
         assert answer.model == "tuned"
-        with pytest.raises(openai.NotFoundError, match="no adapter 'other'"):
-            await client.chat.completions.create(model="other", messages=HI)
+        problem = "no model 'other' is served here; served are: model, tuned"
+        for stream in (False, True):  # a stream has not begun either: it is a 404
+            with pytest.raises(openai.NotFoundError, match=problem):
+                await client.chat.completions.create(model="other", messages=HI, stream=stream)
+            with pytest.raises(openai.NotFoundError, match=problem):
+                await client.completions.create(model="other", prompt="ab", stream=stream)
+        with pytest.raises(openai.NotFoundError, match=problem):
+            await client.models.retrieve("other")
 
 
 async def test_errors_have_openais_form(client: AsyncOpenAI) -> None:

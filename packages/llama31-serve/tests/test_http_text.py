@@ -26,6 +26,8 @@ WRONG: list[tuple[str, object, int, str]] = [
     ("/generate", {"inputs": "a", "parameters": {"top_kk": 2}}, 422, "parameters.top_kk: is a field this server"),
     ("/generate", {"inputs": "a", "parameters": {"stop": [""]}}, 422, "parameters.stop[0]: is empty"),
     ("/generate", {"inputs": "a", "parameters": {"adapter_id": "no"}}, 404, "no adapter 'no'"),
+    ("/generate_stream", {"inputs": "a", "parameters": {"adapter_id": "no"}}, 404, "no adapter 'no'"),
+    ("/generate", {"prompt": "a", "model": "no", "stream": True}, 404, "no model 'no' is served here; served are: "),
     ("/generate", {"input": "a"}, 422, "inputs: is missing; input: is a field"),
     ("/generate", {"prompt": "a", "top_p": 2}, 422, "top_p: is 2"),
     ("/generate", [1], 422, "body: input should be an object"),

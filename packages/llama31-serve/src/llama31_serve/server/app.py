@@ -219,7 +219,7 @@ class Server:
         except ImportError as error:
             raise StartError(f"{error}; HTTP needs: pip install 'llama31-serve[server,http]'") from error
         drain = self.drain_requested.set
-        parts = HttpParts(self.holder, self.lifecycle, self.engine, self.observer, self.status, drain)
+        parts = HttpParts(self.holder, self.lifecycle, self.observer, self.status, drain)
         return HttpDoors(self.options, security, management, parts)
 
     def _control_service(self) -> ControlService:

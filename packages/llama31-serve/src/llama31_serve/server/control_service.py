@@ -17,6 +17,7 @@ from llama31_serve.errors import FieldViolation
 from llama31_serve.server.admission import Admission
 from llama31_serve.server.engine import Adapter, AdapterError, Engine, UnknownAdapterError
 from llama31_serve.server.engine_thread import EngineThread
+from llama31_serve.server.generation_request import MAX_ADAPTER_CHARACTERS
 from llama31_serve.server.generator import Generator
 from llama31_serve.server.lifecycle import Lifecycle, State
 from llama31_serve.server.observer import Observer
@@ -94,6 +95,10 @@ class ControlService(Servicer, ControlServiceServicer):
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
         require_known_fields(request)
         wrong = [FieldViolation(name, "is empty") for name in ("name", "directory") if not getattr(request, name)]
+        if (length := len(request.name)) > MAX_ADAPTER_CHARACTERS:
+            wrong.append(FieldViolation("name", f"has {length} characters, at most {MAX_ADAPTER_CHARACTERS}"))
+        if request.name == self._controlled.model_name:  # which HTTP's callers could not tell from the adapter
+            wrong.append(FieldViolation("name", f"{request.name!r} is the model's own; choose another"))
         if wrong:
             raise invalid(wrong)
         directory = Path(request.directory)

@@ -72,6 +72,7 @@ class EngineThread:
         self._consecutive_failures = 0
         self._stats_s = 0.0
         self.stats = EngineStats()
+        self.adapters: tuple[str, ...] = ()  # names of those that are loaded
 
     def start(self) -> None:
         """Begin to load the engine; `ready` resolves to it after the warm-up, or to what went wrong."""
@@ -143,7 +144,7 @@ class EngineThread:
             if isinstance(command, Job):
                 self._add(engine, command)
             elif isinstance(command, _Call):
-                _answer(engine, command)
+                self._answer(engine, command)
             else:
                 self._forget(engine, command.engine_id, tell=command.tell)
 
@@ -209,11 +210,13 @@ class EngineThread:
             self._forget(engine, job.engine_id, tell=False)
         self._emit([JobOutput(job, failure=failure) for job in jobs], time.monotonic())
 
-
-def _answer(engine: Engine, call: _Call) -> None:
-    if not call.answer.set_running_or_notify_cancel():
-        return
-    try:
-        call.answer.set_result(call.function(engine))
-    except Exception as error:  # noqa: BLE001  it belongs to whoever asked
-        call.answer.set_exception(error)
+    def _answer(self, engine: Engine, call: _Call) -> None:
+        if not call.answer.set_running_or_notify_cancel():
+            return
+        try:
+            answer = call.function(engine)
+            self.adapters = tuple(adapter.name for adapter in engine.adapters())  # before the caller can ask for one
+        except Exception as error:  # noqa: BLE001  it belongs to whoever asked
+            call.answer.set_exception(error)
+        else:
+            call.answer.set_result(answer)

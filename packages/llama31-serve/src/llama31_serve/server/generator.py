@@ -21,7 +21,7 @@ from llama31_serve.server.job import Inbox, Job, TextStream
 from llama31_serve.server.lifecycle import Lifecycle
 from llama31_serve.server.observer import Observer, RequestRecord
 from llama31_serve.server.open_requests import OpenRequest, OpenRequests
-from llama31_serve.server.refusal import Refusal, invalid
+from llama31_serve.server.refusal import Refusal, invalid, unknown_adapter
 from llama31_serve.server.text import TextWorker
 from llama31_tokenizer.stop_strings import StopStringMatcher
 
@@ -64,13 +64,14 @@ class Generator:
         """A generation whose jobs are in the engine. Leaving the block takes them out, if they have not ended.
 
         Raises:
-            Refusal: not serving, full, id in use, prompt too long or not allowed, ended while it waited.
+            Refusal: not serving, no such adapter, id in use, full, prompt too long or not allowed, ended while waiting.
         """
         record = RequestRecord(request.request_id, CALLER.get(), request.n)
         self._observer.received(record)
         entry: OpenRequest | None = None
         try:
             self._lifecycle.require_serving()
+            self._require_loaded(request.adapter)
             self._requests.require_free(request.request_id)
             with self._admission.reserve(request.n, record.caller.tenant) as place:
                 entry = self._requests.add(request.request_id, place)
@@ -101,6 +102,15 @@ class Generator:
         else:
             self._end(entry.generation)
         return True
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return self._engine.adapters
+
+    def _require_loaded(self, adapter: str | None) -> None:
+        if adapter is not None and adapter not in self.adapters:
+            raise unknown_adapter(adapter, self.adapters)
 
     @asynccontextmanager
     async def _running(

@@ -62,6 +62,12 @@ def invalid(violations: Sequence[FieldViolation]) -> Refusal:
     return Refusal(grpc.StatusCode.INVALID_ARGUMENT, _sentence(violations), violations=violations)
 
 
+def unknown_adapter(name: str, loaded: Sequence[str]) -> Refusal:
+    """NOT_FOUND, with the names of the adapters that there are."""
+    others = f", only {', '.join(loaded)}" if loaded else ""
+    return Refusal(grpc.StatusCode.NOT_FOUND, f"no adapter {name!r} is loaded{others}; load it first, or ask for none")
+
+
 def _sentence(violations: Sequence[FieldViolation]) -> str:
     return "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
 

@@ -15,7 +15,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from llama31_serve.server.engine_thread import EngineThread
 from llama31_serve.server.http.call import Endpoint, encode_json
 from llama31_serve.server.http.caller_check import CallerCheck
 from llama31_serve.server.http.chat_routes import ChatRoutes
@@ -44,7 +43,6 @@ class HttpParts:
 
     holder: ModelHolder
     lifecycle: Lifecycle
-    engine: EngineThread
     observer: Observer
     status: Status
     request_drain: Callable[[], None]
@@ -98,7 +96,7 @@ def _tls(security: Security) -> ssl.SSLContext | None:
 
 def _business_routes(parts: HttpParts) -> list[Route]:
     text, chat = TextRoutes(parts.holder), ChatRoutes(parts.holder)
-    completion, simple = CompletionRoutes(parts.holder), SimpleRoutes(parts.holder, parts.engine)
+    completion, simple = CompletionRoutes(parts.holder), SimpleRoutes(parts.holder)
 
     def route(method: str, path: str, handle: Callable[..., object]) -> Route:
         return Route(path, Endpoint(handle, _door_of(path), parts.observer), methods=[method])  # type: ignore[arg-type]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
-import grpc
-
-from llama31_serve.server.engine_thread import EngineThread
 from llama31_serve.server.http.body import Body, parse_body
 from llama31_serve.server.http.call import Call
-from llama31_serve.server.refusal import Refusal
 from llama31_serve.server.serving_model import ModelHolder
 
 
@@ -23,20 +18,18 @@ class TokenizerBody(Body):
 class SimpleRoutes:
     """The handlers."""
 
-    def __init__(self, holder: ModelHolder, engine: EngineThread) -> None:
+    def __init__(self, holder: ModelHolder) -> None:
         self._holder = holder
-        self._engine = engine
         self._created = int(time.time())
 
     async def models(self, call: Call) -> None:
         """OpenAI's list: the model, and every adapter that is loaded, which is asked for by its name in `model`."""
-        await call.answer({"object": "list", "data": [self._describe(name) for name in await self._names()]})
+        await call.answer({"object": "list", "data": [self._describe(name) for name in self._holder.loaded().served()]})
 
     async def model(self, call: Call) -> None:
         """One entry of the list."""
         name = call.path_params["name"]
-        if name not in await self._names():
-            raise Refusal(grpc.StatusCode.NOT_FOUND, f"no model {name!r} is served; GET /v1/models lists them")
+        self._holder.loaded().require_served(name)
         await call.answer(self._describe(name))
 
     async def tokenize(self, call: Call) -> None:
@@ -44,11 +37,6 @@ class SimpleRoutes:
         body = parse_body(TokenizerBody, call.body)
         count, tokens = await self._holder.loaded().text.split(body.inputs)
         await call.answer({"token_number": count, "tokens": tokens})
-
-    async def _names(self) -> list[str]:
-        model = self._holder.loaded()
-        adapters = await asyncio.wrap_future(self._engine.call(lambda engine: engine.adapters()))
-        return [model.info.model_name, *(adapter.name for adapter in adapters)]
 
     def _describe(self, name: str) -> dict[str, object]:
         model = self._holder.loaded().info
