@@ -61,7 +61,8 @@ async def test_a_thousand_cancels_at_random_moments(serve: Serve) -> None:
                 assert stream.result is not None
 
     async with serve(EchoEngine(vocab_size=259, step_s=0.001), max_running=16) as running:
-        await running.client.generate("abc", max_tokens=1)  # what is opened once is open now
+        await running.client.generate("abc", max_tokens=1)  # what is opened once is open now, for streams too
+        assert [chunk.text async for chunk in running.client.generate_stream("abc", max_tokens=1)] == ["a"]
         before = running.open_files()
         for first in range(0, 1000, 20):  # 20 at a time, of at most 2 completions each: none is refused
             await asyncio.gather(*(ask(running.client, number) for number in range(first, first + 20)))

@@ -88,6 +88,28 @@ async def test_calls_go_round_the_replicas_and_past_one_that_drains(serve: Serve
             assert one.server.requests.num_finished == before
 
 
+async def test_no_attempt_is_wasted_on_a_server_that_drains(serve: Serve) -> None:
+    """Calls that are refused together are repeated together: by turns alone, every fourth would meet it twice."""
+    async with serve() as one, serve() as two:
+        target = f"ipv4:{one.server.address},{two.server.address}"
+        async with AsyncClient(target, timeout_s=20, max_attempts=2) as client:
+
+            async def stream() -> str:
+                return "".join([chunk.text async for chunk in client.generate_stream("ab", max_tokens=2)])
+
+            await asyncio.gather(*(client.generate("ab", max_tokens=2) for _ in range(20)))
+            await one.server.drain()
+            texts = await asyncio.gather(*(stream() for _ in range(40)))
+            results = await asyncio.gather(*(client.generate("ab", max_tokens=2) for _ in range(40)))
+            assert [*texts, *(result.text for result in results)] == ["ab"] * 80
+            await two.server.drain()
+            with pytest.raises(UnavailableError):
+                await client.generate("ab", max_tokens=2)
+            assert not await one.client.is_serving()  # of one server no health is watched: it speaks for itself
+            with pytest.raises(UnavailableError, match="draining"):
+                await one.client.generate("ab")
+
+
 async def test_overload_tenfold(serve: Serve) -> None:
     """Every request either finishes whole or is refused; none hangs, none is lost."""
     async with serve(slow_engine(0.001), max_running=8) as running:

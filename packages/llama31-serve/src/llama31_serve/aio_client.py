@@ -11,7 +11,8 @@ from typing import Any, Unpack
 
 import grpc
 
-from llama31_serve.channel import Tls, call_metadata, channel_options
+from llama31_serve.channel import Options as ChannelOptions
+from llama31_serve.channel import Tls, call_metadata, stream_options, unary_options
 from llama31_serve.errors import RpcError, UnavailableError
 from llama31_serve.requests import Message, Options, Prompt, build_chat, build_generate, build_tokenize
 from llama31_serve.results import Chunk, GenerateResult, ModelInfo, model_info_of, result_of_chat, result_of_generate
@@ -101,7 +102,7 @@ class AsyncTextStream:
 
 
 class AsyncClient:
-    """One channel to a server, or to several replicas behind one name. Belongs to one event loop.
+    """Channels to a server, or to several replicas behind one name. Belongs to one event loop.
 
     Args:
         target: "host:port", or a gRPC name such as "dns:///llama.example:50051".
@@ -122,12 +123,10 @@ class AsyncClient:
         timeout_s: float | None = None,
         max_attempts: int = 4,
     ) -> None:
-        options = channel_options(tls, max_attempts)
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(target, options)
-        else:
-            self._channel = grpc.aio.secure_channel(target, tls.credentials(), options)
+        self._channel = _open_channel(target, tls, unary_options(target, tls, max_attempts))
+        self._stream_channel = _open_channel(target, tls, stream_options(target, tls))
         self._stub: Any = InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._streams: Any = InferenceServiceStub(self._stream_channel)  # type: ignore[no-untyped-call]
         self._metadata = call_metadata(token)
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
@@ -141,8 +140,9 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the channel; calls that run are cancelled."""
+        """Close the channels; calls that run are cancelled."""
         await self._channel.close(None)
+        await self._stream_channel.close(None)
 
     async def generate(
         self,
@@ -176,7 +176,7 @@ class AsyncClient:
     ) -> AsyncTextStream:
         """`generate`, with the text as it is made."""
         request = build_generate(prompt, options, add_bos=add_bos, parse_special_tokens=parse_special_tokens)
-        return self._stream(self._stub.GenerateStream, pb.GenerateStreamRequest(request=request), timeout_s)
+        return self._stream(self._streams.GenerateStream, pb.GenerateStreamRequest(request=request), timeout_s)
 
     async def chat(
         self, messages: Sequence[Message], *, timeout_s: float | None = None, **options: Unpack[Options]
@@ -189,7 +189,7 @@ class AsyncClient:
     ) -> AsyncTextStream:
         """`chat`, with the text as it is made."""
         request = pb.ChatStreamRequest(request=build_chat(messages, options))
-        return self._stream(self._stub.ChatStream, request, timeout_s)
+        return self._stream(self._streams.ChatStream, request, timeout_s)
 
     async def tokenize(
         self,
@@ -216,7 +216,10 @@ class AsyncClient:
         return model_info_of(await self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest(), timeout_s))
 
     async def is_serving(self, *, timeout_s: float | None = 5.0) -> bool:
-        """Whether the server takes requests: it has loaded and warmed up, and is not draining."""
+        """Whether the server takes requests: it has loaded and warmed up, and is not draining.
+
+        Raises UnavailableError if nobody answers, or if none of several servers takes requests.
+        """
         from grpc_health.v1 import health_pb2, health_pb2_grpc
 
         check = health_pb2_grpc.HealthStub(self._channel).Check
@@ -248,3 +251,9 @@ class AsyncClient:
 
     def _deadline_s(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s
+
+
+def _open_channel(target: str, tls: Tls | None, options: ChannelOptions) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options)
+    return grpc.aio.secure_channel(target, tls.credentials(), options)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import grpc
 
@@ -12,6 +14,8 @@ from llama31_serve.retries import retry_policy
 from llama31_serve.stubs import inference_pb2
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+Options = list[tuple[str, str | int]]
+_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +40,34 @@ class Tls:
         return grpc.ssl_channel_credentials(ca, key, cert)
 
 
-def channel_options(tls: Tls | None, max_attempts: int) -> list[tuple[str, str | int]]:
-    """Options of a channel.
+def unary_options(target: str, tls: Tls | None, max_attempts: int) -> Options:
+    """Options of a channel for calls with one answer.
 
-    Calls go round all addresses that a `dns:///` target resolves to. A unary call that no server has begun to answer
-    (UNAVAILABLE, RESOURCE_EXHAUSTED) is tried again up to `max_attempts` times in all, with exponential backoff or
-    after the time that the server names; of streams `StreamAttempts` takes care.
+    Calls go round all addresses that a `dns:///` target resolves to or an `ipv4:` one lists, past those whose health
+    is not SERVING: attempts in turn could all meet the one that drains or loads. Of a plain "host:port" no health is
+    watched, so that the server itself says why it refuses. A call that no server has begun to answer (UNAVAILABLE,
+    RESOURCE_EXHAUSTED) is tried again up to `max_attempts` times in all, with exponential backoff or after the time
+    that the server names.
     """
     if not 1 <= max_attempts <= 5:
         raise ValueError(f"max_attempts is {max_attempts}, allowed are 1 (never try again) to 5 (gRPC's own limit)")
-    service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
-    unary = [method.name for method in service.methods if not method.server_streaming]
     method_config: list[dict[str, object]] = []
     if max_attempts > 1:
-        names = [{"service": service.full_name, "method": name} for name in unary]
+        unary = [method.name for method in _SERVICE.methods if not method.server_streaming]
+        names = [{"service": _SERVICE.full_name, "method": name} for name in unary]
         method_config.append({"name": names, "retryPolicy": retry_policy(max_attempts)})
-    service_config = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": method_config}
-    options: list[tuple[str, str | int]] = [
+    return plain_options(tls, {"methodConfig": method_config, **_watched_health(target)})
+
+
+def stream_options(target: str, tls: Tls | None) -> Options:
+    """The same for streams. gRPC repeats none of them, not even unseen: `StreamAttempts` does, and says why."""
+    return [*plain_options(tls, _watched_health(target)), ("grpc.enable_retries", 0)]
+
+
+def plain_options(tls: Tls | None, service_config: Mapping[str, object] = MappingProxyType({})) -> Options:
+    """Options of a channel that reaches a server in whatever state it is."""
+    service_config = {"loadBalancingConfig": [{"round_robin": {}}], **service_config}
+    options: Options = [
         ("grpc.service_config", json.dumps(service_config)),
         ("grpc.service_config_disable_resolution", 1),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -64,9 +79,13 @@ def channel_options(tls: Tls | None, max_attempts: int) -> list[tuple[str, str |
     return options
 
 
-def open_channel(target: str, tls: Tls | None, max_attempts: int) -> grpc.Channel:
+def _watched_health(target: str) -> dict[str, object]:
+    several = "," in target or "://" in target or target.startswith("dns:")
+    return {"healthCheckConfig": {"serviceName": _SERVICE.full_name}} if several else {}
+
+
+def open_channel(target: str, tls: Tls | None, options: Options) -> grpc.Channel:
     """A blocking channel. Raises OSError if a TLS file can't be read."""
-    options = channel_options(tls, max_attempts)
     if tls is None:
         return grpc.insecure_channel(target, options)
     return grpc.secure_channel(target, tls.credentials(), options)

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 import grpc
 
-from llama31_serve.channel import Tls, call_metadata, open_channel
+from llama31_serve.channel import Tls, call_metadata, open_channel, stream_options, unary_options
 from llama31_serve.errors import RpcError, UnavailableError
 from llama31_serve.requests import Message, Options, Prompt, build_chat, build_generate, build_tokenize
 from llama31_serve.results import Chunk, GenerateResult, ModelInfo, model_info_of, result_of_chat, result_of_generate
@@ -90,7 +90,7 @@ class TextStream:
 
 
 class Client:
-    """One channel to a server, or to several replicas behind one name. Safe to use from several threads.
+    """Channels to a server, or to several replicas behind one name. Safe to use from several threads.
 
     Args:
         target: "host:port", or a gRPC name such as "dns:///llama.example:50051".
@@ -111,8 +111,10 @@ class Client:
         timeout_s: float | None = None,
         max_attempts: int = 4,
     ) -> None:
-        self._channel = open_channel(target, tls, max_attempts)
+        self._channel = open_channel(target, tls, unary_options(target, tls, max_attempts))
+        self._stream_channel = open_channel(target, tls, stream_options(target, tls))
         self._stub: Any = InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._streams: Any = InferenceServiceStub(self._stream_channel)  # type: ignore[no-untyped-call]
         self._metadata = call_metadata(token)
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
@@ -126,8 +128,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the channel; calls that run are cancelled."""
+        """Close the channels; calls that run are cancelled."""
         self._channel.close()
+        self._stream_channel.close()
 
     def generate(
         self,
@@ -161,7 +164,7 @@ class Client:
     ) -> TextStream:
         """`generate`, with the text as it is made."""
         request = build_generate(prompt, options, add_bos=add_bos, parse_special_tokens=parse_special_tokens)
-        return self._stream(self._stub.GenerateStream, pb.GenerateStreamRequest(request=request), timeout_s)
+        return self._stream(self._streams.GenerateStream, pb.GenerateStreamRequest(request=request), timeout_s)
 
     def chat(
         self, messages: Sequence[Message], *, timeout_s: float | None = None, **options: Unpack[Options]
@@ -174,7 +177,7 @@ class Client:
     ) -> TextStream:
         """`chat`, with the text as it is made."""
         request = pb.ChatStreamRequest(request=build_chat(messages, options))
-        return self._stream(self._stub.ChatStream, request, timeout_s)
+        return self._stream(self._streams.ChatStream, request, timeout_s)
 
     def tokenize(
         self,
@@ -201,7 +204,10 @@ class Client:
         return model_info_of(self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest(), timeout_s))
 
     def is_serving(self, *, timeout_s: float | None = 5.0) -> bool:
-        """Whether the server takes requests: it has loaded and warmed up, and is not draining."""
+        """Whether the server takes requests: it has loaded and warmed up, and is not draining.
+
+        Raises UnavailableError if nobody answers, or if none of several servers takes requests.
+        """
         from grpc_health.v1 import health_pb2, health_pb2_grpc
 
         check = health_pb2_grpc.HealthStub(self._channel).Check

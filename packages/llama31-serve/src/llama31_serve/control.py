@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from llama31_serve.channel import Tls, call_metadata, open_channel
+from llama31_serve.channel import Tls, call_metadata, open_channel, plain_options
 from llama31_serve.status_details import our_errors
 from llama31_serve.stubs import control_pb2 as pb
 from llama31_serve.stubs.control_pb2_grpc import ControlServiceStub
@@ -72,7 +72,7 @@ class ControlClient:
     def __init__(
         self, target: str, *, tls: Tls | None = None, token: str | None = None, timeout_s: float | None = 10.0
     ) -> None:
-        self._channel = open_channel(target, tls, max_attempts=1)
+        self._channel = open_channel(target, tls, plain_options(tls))
         self._stub: Any = ControlServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._call_options = {"timeout": timeout_s, "metadata": call_metadata(token)}
 

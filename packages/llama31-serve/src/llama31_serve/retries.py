@@ -30,7 +30,8 @@ class StreamAttempts:
     """The attempts of one stream within its deadline, by the same rule as `retry_policy`.
 
     gRPC's own retries are not used for streams: in grpcio 1.85.1 one that is refused again after a retry has its
-    status, but the read that waits for its next message never ends, not even at the deadline.
+    status, but the read that waits for its next message never ends, not even at the deadline. The retries that gRPC
+    makes without any policy, of a stream that the server never saw because it was going, do the same.
     """
 
     def __init__(self, max_attempts: int, timeout_s: float | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import grpc
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 
-from llama31_serve.channel import call_metadata, open_channel
+from llama31_serve.channel import call_metadata, open_channel, plain_options
 from llama31_serve.commands import connection
 from llama31_serve.errors import ServeError
 
@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     asked = {"file_containing_symbol": arguments.symbol} if arguments.symbol else {"list_services": ""}
     metadata = call_metadata(connection.read_token(arguments))
     timeout_s = arguments.timeout_s or DEFAULT_TIMEOUT_S
-    with open_channel(arguments.address, connection.read_tls(arguments), 1) as channel:
+    tls = connection.read_tls(arguments)
+    with open_channel(arguments.address, tls, plain_options(tls)) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         requests = iter([pb.ServerReflectionRequest(**asked)])
         try:
