@@ -172,3 +172,15 @@ def test_ports_are_raised(tmp_path: Path) -> None:
     flags = f"--model {tmp_path} --port 50051 --http_port 0 --metrics_port 1027 --replica 2".split()
     options = read_settings(build_parser().parse_args(["start", *flags])).options
     assert (options.port, options.http_port, options.metrics_port, options.control_port) == (50053, 0, 1029, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--tensor_parallel", "0"], "--tensor_parallel is 0, allowed are numbers from 1 up"),
+        (["--model_name", ""], "--model_name is empty"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(flags: list[str], problem: str) -> None:
+    with pytest.raises(StartError, match=problem):
+        read_settings(read_start_flags(["--model", "somewhere", *flags]))

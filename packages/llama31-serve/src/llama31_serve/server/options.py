@@ -90,6 +90,8 @@ class ServerOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StartError(f"--{name} is {value}, allowed are numbers from 1 up")
+        if not self.model_name:
+            raise StartError("--model_name is empty; give a name, or leave it out for the directory's")
         for name in ("drain_timeout_s", "status_period_s"):
             if not getattr(self, name) >= 0:
                 raise StartError(f"--{name} is {getattr(self, name)}, allowed are numbers from 0 up")

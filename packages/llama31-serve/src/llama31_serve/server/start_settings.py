@@ -30,7 +30,8 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     options = replace(settings.options, engine=engine, **_given(arguments, ServerOptions))
     if arguments.replica is not None:
         options = _raised(options, arguments.replica)
-    tensor_parallel = arguments.tensor_parallel or settings.tensor_parallel
+    asked = arguments.tensor_parallel
+    tensor_parallel = settings.tensor_parallel if asked is None else asked
     if tensor_parallel < 1:
         raise StartError(f"--tensor_parallel is {tensor_parallel}, allowed are numbers from 1 up")
     level = arguments.log_level or settings.log_level
