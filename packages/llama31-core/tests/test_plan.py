@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -188,6 +189,16 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert [stage["stage"] for stage in figures["stages"]] == [0, 1]
     assert figures["search"]["best"][0]["tokens_per_s_device"] >= figures["tokens_per_s_device"] * 0.99
     assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_of_single_ranks_is_drawn_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Ranks are called 0, 1, …; matplotlib asks whether such names are meant as numbers."""
+    (tmp_path / "run.yaml").write_text(TRAINS)
+    mesh = ["parallel_config.data_parallel=1", "parallel_config.model_parallel=1"]
+    with caplog.at_level(logging.INFO):
+        command = ["plan", "--config", str(tmp_path / "run.yaml"), "--picture", str(tmp_path / "plan.png"), *mesh]
+        assert main(command) == 0
+    assert not caplog.records
 
 
 def test_micro_batches_are_those_that_the_trainer_makes(tmp_path: Path) -> None:

@@ -46,13 +46,14 @@ def draw_memory(plan: TrainingPlan | PredictionPlan, title: str, path: Path) -> 
     for name, color in _COLORS.items():
         sizes = [use.parts.get(name, 0) / GB for use in uses]
         if any(sizes):
-            axes.bar(labels, sizes, bottom=below, label=name, color=color, width=0.7)
+            axes.bar(range(len(uses)), sizes, bottom=below, label=name, color=color, width=0.7)
             below = [start + size for start, size in zip(below, sizes, strict=True)]
     for place, total in enumerate(below):
         axes.text(place, total, f"{total:.1f}", ha="center", va="bottom", fontsize=8)
     limit = plan.device.usable_bytes / GB
     axes.axhline(limit, color="#c44e52", linestyle="--", linewidth=1.2, label=f"usable: {limit:.1f}")
     axes.set_ylim(0, 1.25 * max(limit, *below))
+    axes.set_xticks(range(len(uses)), labels)
     axes.set_xlabel("ranks")
     axes.set_ylabel("GB on a rank")
     axes.set_title(f"{title} on {plan.device.name}", fontsize=10)
