@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from msrun_supervisor import never_came
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "tools" / "msrun_launcher.sh"
 TIMEOUT_S = 120
@@ -129,6 +130,7 @@ def test_the_argument_orders(arguments: list[str], expected: str, work_dir: Path
         (["program.py", "0"], "WORKER_NUM is 0"),
         (["program.py", "8", "3", "127.0.0.1", "9000", "0", "logs", "True", "9"], "LOCAL_WORKER 3"),
         (["program.py", "8", "4", "127.0.0.1", "9000", "2", "logs", "True", "9"], "make nodes 0 to 1"),
+        (["program.py", "2", "1", "198.51.100.1", "9000", "0", "logs", "True", "9"], "198.51.100.1 is no address"),
         (["program.py", "2", "80", "logs", "True", "9"], "MASTER_PORT is 80, allowed is 1024 to 65535"),
         (["program.py", "2", "9000", "logs", "Maybe", "9"], "'Maybe' is neither True nor False"),
         (["program.py", "2", "9000", "program.py", "True", "9"], "LOG_DIR program.py cannot be used"),
@@ -148,6 +150,33 @@ def test_a_port_in_use_is_found_first(work_dir: Path) -> None:
         code, _, errors = run(work_dir, "program.py end", "2", port, "logs", "True", "60")
     assert (code, errors.count("\n")) == (2, 1)
     assert f"MASTER_PORT {port} is in use" in errors
+
+
+def test_a_job_keeps_its_log_directory_to_itself(work_dir: Path) -> None:
+    code, output, errors = run(work_dir, "program.py stop", "2", str(free_port()), "logs", "False", "60")
+    assert code == 0, errors
+    match = re.search(r"In the background as process (\d+)", output)
+    assert match
+    wait_for_logs(work_dir, "ready")
+    for join in ("True", "False"):
+        code, _, errors = run(work_dir, "program.py end", "2", str(free_port()), "logs", join, "60")
+        assert (code, errors.count("\n")) == (2, 1)
+        assert f"LOG_DIR logs is that of a job that runs, process {match[1]}; end it" in errors
+    os.kill(int(match[1]), signal.SIGTERM)
+    assert ends_in(work_dir, 30)
+    assert "all ranks of this node have ended by themselves" in (work_dir / "logs" / "launcher.log").read_text()
+    code, _, errors = run(work_dir, "program.py end", "2", str(free_port()), "logs", "True", "60")
+    assert code == 0, errors
+
+
+def test_ranks_that_never_came_are_named(tmp_path: Path) -> None:
+    log = tmp_path / "scheduler.log"
+    assert never_came(log, 4) == ""
+    log.write_text("".join(f"… The new node: {rank}(role: MS_WORKER), rank id: …\n" for rank in (2, 0)))
+    assert never_came(log, 4) == "1, 3"
+    assert never_came(log, 64).startswith("1, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 52 more")
+    log.write_text(log.read_text() + "… BuildCluster] Cluster is successfully initialized.\n")
+    assert never_came(log, 4) == ""
 
 
 @pytest.mark.parametrize(("what", "how"), [("raise", "ended with exit code 1"), ("killed", "was killed by SIGKILL")])

@@ -121,6 +121,7 @@ def test_a_rank_that_never_comes_is_told(run_file: Path, tmp_path: Path) -> None
     assert done.returncode != 0
     log = (tmp_path / "log" / "worker_0.log").read_text()
     assert f"the ranks did not meet at 127.0.0.1:{port}" in log
+    assert "of 2 ranks these never came: 1\n" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -163,10 +164,12 @@ def test_a_mesh_needs_a_launcher(run_file: Path) -> None:
     assert "no launcher started this one" in done.stderr
 
 
-def test_another_number_of_ranks_is_told_with_what_would_fit(run_file: Path) -> None:
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_another_number_of_ranks_is_told_with_what_would_fit(run_file: Path, rank: str) -> None:
+    """By each rank for itself: they have not met."""
     command = [sys.executable, "-m", "llama31_core", "finetune", str(run_file), "use_parallel=True"]
     sizes = ["parallel_config.data_parallel=2", "parallel_config.model_parallel=2"]
-    own = environment() | {"MS_WORKER_NUM": "8", "RANK_ID": "0"}
+    own = environment() | {"MS_WORKER_NUM": "8", "RANK_ID": rank}
     done = subprocess.run([*command, *sizes], env=own, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "8 were started; with the other sizes as they are, data_parallel=4 would fit" in done.stderr

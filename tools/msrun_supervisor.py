@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
+import fcntl
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +28,7 @@ from types import FrameType
 FAILURE_NAME = ".first_failure"
 RUNNING_NAME = ".running_on_node_{}_{}"
 LAUNCHER_LOG = "launcher.log"
+LOCK_NAME = ".launcher_of_node_{}"
 _MSRUN = "mindspore.parallel.cluster.run"  # the module of the command msrun
 _POLL_S = 0.2
 _GRACE_S = 3.0
@@ -77,6 +81,14 @@ def launch(arguments: argparse.Namespace) -> int:
     log_dir: Path = arguments.log_dir
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
+        holder = _lock(log_dir / LOCK_NAME.format(arguments.node_rank))
+        if holder:
+            print(
+                f"msrun_launcher.sh: error: LOG_DIR {log_dir} is that of a job that runs, process {holder}; end it, or "
+                "give another LOG_DIR and another port",
+                file=sys.stderr,
+            )
+            return 2
         for old in [log_dir / FAILURE_NAME, *log_dir.glob(RUNNING_NAME.format(arguments.node_rank, "*"))]:
             old.unlink(missing_ok=True)
     except OSError as error:
@@ -84,16 +96,36 @@ def launch(arguments: argparse.Namespace) -> int:
         return 2
     command = msrun_command(arguments)
     print(f"Running Command: {' '.join(command)}\nPlease check log files in {log_dir.absolute()}", flush=True)
-    if arguments.join:
-        return watch(command, log_dir, arguments.node_rank)
-    log = log_dir / LAUNCHER_LOG
-    with log.open("w") as output:
-        again = [sys.executable, __file__, "launch", *_flags(arguments, join=True), "--", *arguments.program]
-        job = subprocess.Popen(
-            again, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    print(f"In the background as process {job.pid}; how it ends is written to {log}", flush=True)
-    return 0
+    if not arguments.join:
+        log = log_dir / LAUNCHER_LOG
+        pid = _go_into_background(log)
+        if pid:
+            print(f"In the background as process {pid}; how it ends is written to {log}", flush=True)
+            return 0
+    return watch(command, arguments)
+
+
+def _lock(path: Path) -> str:
+    """Hold a file until this process, and a fork of it, has ended; gives the process that holds it if another does."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT)  # the lock goes when nobody has it open, so it stays open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.read(file, 20).decode() or "that is just beginning"
+    except OSError:  # a file system without locks
+        pass
+    return ""
+
+
+def _go_into_background(log: Path) -> int:
+    """Fork; gives the new process's number, and 0 in it, which is in a session of its own and writes to the log."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        with log.open("w") as output, open(os.devnull) as nothing:
+            for number, file in enumerate((nothing, output, output)):
+                os.dup2(file.fileno(), number)
+    return pid
 
 
 def find_problem(arguments: argparse.Namespace) -> str | None:
@@ -111,6 +143,11 @@ def find_problem(arguments: argparse.Namespace) -> str | None:
         return f"there is no program {arguments.program[0]!r} in {Path.cwd()}"
     if importlib.util.find_spec("mindspore") is None:
         return f"{sys.executable} has no MindSpore, which msrun comes with: pip install llama31-core, or set PYTHON"
+    if node == 0 and _is_elsewhere(arguments.master_addr):
+        return (
+            f"MASTER_ADDR {arguments.master_addr} is no address of this machine, and NODE_RANK 0 says that it is; give "
+            "the other machine NODE_RANK 0, or one of this machine's addresses"
+        )
     if node == 0 and _is_taken(arguments.master_port):
         return f"MASTER_PORT {arguments.master_port} is in use on this machine; end the other job, or give another port"
     return None
@@ -125,12 +162,15 @@ def msrun_command(arguments: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", _MSRUN, *_flags(arguments, join=True), *wrapped]
 
 
-def watch(command: list[str], log_dir: Path, node_rank: int) -> int:
+def watch(command: list[str], arguments: argparse.Namespace) -> int:
     """Run msrun to its end, or to that of the first rank that fails; 0, 1, or 130 after an interruption.
 
     SIGTERM is handed to the ranks alone, so that a training job writes its checkpoint and ends with 0; a second signal,
     or a rank that takes it for its end, ends the rest.
     """
+    log_dir: Path = arguments.log_dir
+    node_rank: int = arguments.node_rank
+    (log_dir / LOCK_NAME.format(node_rank)).write_text(str(os.getpid()))
     signals: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -171,7 +211,10 @@ def watch(command: list[str], log_dir: Path, node_rank: int) -> int:
     if signals:
         print("msrun_launcher.sh: interrupted; all ranks of this node are ended", file=sys.stderr)
         return 130
+    absent = never_came(log_dir / "scheduler.log", arguments.worker_num) if node_rank == 0 else ""
     print(f"msrun_launcher.sh: error: {describe_failure(log_dir)}", file=sys.stderr)
+    if absent:
+        print(f"msrun_launcher.sh: error: of {arguments.worker_num} ranks these never came: {absent}", file=sys.stderr)
     return 1
 
 
@@ -214,6 +257,16 @@ def describe_failure(log_dir: Path) -> str:
     tail = log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:] if log.is_file() else []
     said = "".join(f"\n  | {line}" for line in tail)
     return f"{who} {how}, the other ranks of this node have been ended; its log is {log}{said}"
+
+
+def never_came(scheduler_log: Path, worker_num: int) -> str:
+    """The ranks that a job waited for in vain: those that the scheduler's log, which node 0 has, does not name."""
+    text = scheduler_log.read_text(errors="replace") if scheduler_log.is_file() else ""
+    came = {int(rank) for rank in re.findall(r"The new node: (\d+)\(role: MS_WORKER\)", text)}
+    if not came or "Cluster is successfully initialized" in text:
+        return ""
+    absent = [str(rank) for rank in range(worker_num) if rank not in came]
+    return ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
 
 
 def _signal_with_parent(number: signal.Signals) -> None:
@@ -263,6 +316,23 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (OSError, IndexError):
         return False
+
+
+def _is_elsewhere(address: str) -> bool:
+    """Whether an address or name belongs to another machine for sure, or to none."""
+    try:
+        found = socket.getaddrinfo(address.strip("[]"), 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return True
+    for family, kind, protocol, _, place in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(place)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                continue
+        return False
+    return True
 
 
 def _is_taken(port: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 from mindspore import Tensor
 
 from llama31_core.checkpoint import save_weights
+from llama31_core.cli import main
+from llama31_core.commands import finetune
 from llama31_core.config import ModelConfig
-from llama31_core.errors import ConfigError
+from llama31_core.errors import AgreedError, ConfigError
 from llama31_core.parallel import agreement
 from llama31_core.parallel.groups import Group
 
@@ -101,3 +104,33 @@ def test_what_one_rank_cannot_do_all_hear_of(monkeypatch: pytest.MonkeyPatch) ->
     facts: list[Mapping[str, str]] = [{"the checkpoint": "a"}, {}, {"the checkpoint": "a"}]
     found = errors_of_all(facts, ["", "model.safetensors: no such file", ""], monkeypatch)
     assert found == ["rank 1: model.safetensors: no such file"] * 3
+
+
+@pytest.mark.parametrize(
+    ("rank", "role", "error", "said"),
+    [
+        ("0", "MS_WORKER", AgreedError("rank 2: no"), "llama31-core: error: rank 2: no\n"),
+        ("2", "MS_WORKER", AgreedError("rank 2: no"), "this rank cannot begin; rank 0 says why\n"),
+        ("2", "MS_WORKER", ConfigError("the ranks did not meet"), "llama31-core: error: the ranks did not meet\n"),
+        ("0", "MS_SCHED", ConfigError("the ranks did not meet"), "llama31-core: error: the ranks did not meet\n"),
+    ],
+)
+def test_rank_0_tells_what_all_know_and_each_what_it_alone_does(
+    rank: str,
+    role: str,
+    error: ConfigError,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(finetune, "load_run_config", fail)
+    monkeypatch.setenv("RANK_ID", rank)
+    monkeypatch.setenv("MS_ROLE", role)
+    assert main(["finetune", "run.yaml"]) == 1
+    assert capsys.readouterr().err == said
+    assert bool(pauses) == ((rank, role) != ("0", "MS_WORKER"))  # so that rank 0 is the first to end

@@ -7,14 +7,16 @@ import io
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from llama31_core import __version__
 from llama31_core.commands import chat, eval, finetune, interrupts, plan, plot, predict
-from llama31_core.errors import Llama31Error
+from llama31_core.errors import AgreedError, Llama31Error
 from llama31_tokenizer.errors import Llama31Error as TokenizerSideError
 
 _COMMANDS = (predict, chat, finetune, eval, plan, plot)
+_RANK_0_FIRST_S = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,11 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Llama31Error, TokenizerSideError, OSError) as error:
         if arguments.debug:
             raise
-        print(f"llama31-core: error: {error}", file=sys.stderr)
+        _tell(error)
         return 1
     except KeyboardInterrupt:
         print(interrupts.MESSAGE, file=sys.stderr)
         return interrupts.EXIT_CODE
+
+
+def _tell(error: Exception) -> None:
+    """Print an error; of what all ranks of a mesh know alike, rank 0 alone. The others end after it: a launcher shows
+    the words of the process that was the first to end."""
+    is_rank_0 = os.environ.get("RANK_ID", "0") == "0" and os.environ.get("MS_ROLE") != "MS_SCHED"
+    if isinstance(error, AgreedError) and not is_rank_0:
+        print("this rank cannot begin; rank 0 says why", file=sys.stderr, flush=True)
+    else:
+        print(f"llama31-core: error: {error}", file=sys.stderr, flush=True)
+    if not is_rank_0:
+        time.sleep(_RANK_0_FIRST_S)
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -11,6 +11,10 @@ class ConfigError(Llama31Error):
     """A configuration key or value that is unknown, missing, of a wrong type or contradictory."""
 
 
+class AgreedError(ConfigError):
+    """What keeps the ranks of a mesh from beginning, known to all of them alike: rank 0 tells it."""
+
+
 class CheckpointError(Llama31Error):
     """A checkpoint that is missing, damaged or of another shape than its configuration."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -85,24 +84,17 @@ def _run_rank(config: RunConfig, source: str) -> int:
     """The run on one of several ranks: rank 0 speaks for all, and what stops one at the start stops all."""
     from llama31_core.parallel.launch import find_rank
 
-    rank = int(os.environ.get("RANK_ID", "0"))
-    try:
-        find_rank(config.parallel, source)
-        with importing_mindspore():
-            from llama31_core.parallel.run import join_run
-            from llama31_core.training.trainer import Trainer
+    find_rank(config.parallel, source)
+    with importing_mindspore():
+        from llama31_core.parallel.run import join_run
+        from llama31_core.training.trainer import Trainer
 
-        ranks, problem, trainer = join_run(config, source), "", None
-        try:
-            trainer = Trainer(config, source, ranks=ranks)
-        except Llama31Error as error:
-            problem = str(error)
-        ranks.agree({}, problem)
-    except Llama31Error:
-        if rank == 0:
-            raise
-        print("this rank cannot begin; rank 0 says why", file=sys.stderr)
-        return 1
+    ranks, problem, trainer = join_run(config, source), "", None
+    try:
+        trainer = Trainer(config, source, ranks=ranks)
+    except Llama31Error as error:
+        problem = str(error)
+    ranks.agree({}, problem)
     assert trainer is not None
     if ranks.is_first:
         return _train(config, trainer, None)

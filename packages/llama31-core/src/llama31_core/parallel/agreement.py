@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Tensor
 
 from llama31_core.checkpoint.sharded import rank_directories, read_rank_layout
-from llama31_core.errors import ConfigError
+from llama31_core.errors import AgreedError
 from llama31_core.parallel.groups import Group
 from llama31_core.parallel.transport import transport
 
@@ -38,21 +38,21 @@ def agree(group: Group, facts: Mapping[str, str], problem: str = "") -> None:
         problem: why this rank cannot go on.
 
     Raises:
-        ConfigError: the same on every rank, naming ranks.
+        AgreedError: the same on every rank, naming ranks.
     """
     problems = exchange_texts(group, problem)
     if problem and len(set(problems)) == 1:
-        raise ConfigError(problem)
+        raise AgreedError(problem)
     for rank, text in zip(group.ranks, problems, strict=True):
         if text:
-            raise ConfigError(f"rank {rank}: {text}")
+            raise AgreedError(f"rank {rank}: {text}")
     for name, fact in facts.items():
         found = exchange_texts(group, fact)
         common, _ = Counter(found).most_common(1)[0]
         others = [rank for rank, text in zip(group.ranks, found, strict=True) if text != common]
         if others:
             listed = ", ".join(map(str, others[:10])) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
-            raise ConfigError(
+            raise AgreedError(
                 f"ranks do not agree on {name}: rank {listed} of {group.size} has another one; give all ranks the same"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from llama31_core.errors import ConfigError
 from llama31_core.parallel.mesh import ParallelConfig
@@ -35,7 +36,7 @@ def join_mesh() -> None:
     """Meet the other ranks; returns when all are there.
 
     Raises:
-        ConfigError: they did not come, or the port is not to be had.
+        ConfigError: they did not come, or the port is not to be had; on the scheduler also that a rank is gone.
     """
     import mindspore as ms
     from mindspore.communication import init
@@ -46,6 +47,11 @@ def join_mesh() -> None:
     try:
         init("mccl" if is_cpu else "hccl")
     except RuntimeError as error:
+        gone = re.search(r"worker (\d+) is the first one timed out", str(error))
+        if gone:
+            raise ConfigError(
+                f"rank {gone[1]} was not heard of for too long; its log, worker_{gone[1]}.log on its node, says why"
+            ) from error
         place = f"{os.environ.get('MS_SCHED_HOST')}:{os.environ.get('MS_SCHED_PORT')}"
         told = [line for line in str(error).splitlines() if line.strip() and not line.startswith("-")]
         raise ConfigError(
