@@ -320,15 +320,29 @@ def read_rank(path: str | Path, slices: Mapping[str, Sequence[slice]], *, rank: 
 def open_for_rank(
     path: str | Path, slices: Mapping[str, Sequence[slice]], *, rank: int
 ) -> WeightsReader | ShardedWeights:
-    """The checkpoint opened so that `slices` can be read, from the rank's own directory alone where that has them."""
+    """The checkpoint opened so that `slices` can be read, from the rank's own directory alone where that has them.
+
+    Raises:
+        CheckpointError: it has not, and those of other ranks are not all there.
+    """
     path = Path(path)
     directories = rank_directories(path)
     if not directories:
         return open_weights(path)
     if rank in directories:
         own = read_rank_layout(directories[rank])
-        if all(name in own.parts and _holds(own.parts[name], index) for name, index in slices.items()):
+        lacking = [
+            name for name, index in slices.items() if name not in own.parts or not _holds(own.parts[name], index)
+        ]
+        if not lacking:
             return ShardedWeights(path, {rank: own.parts})
+        try:
+            return open_sharded(path, prefer=rank)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; they are needed because rank_{rank} has not all of {lacking[0]} ({len(lacking)} such "
+                "tensors): split for the mesh of this run (vocab_emb_dp=False for a split embedding), or bring all"
+            ) from error
     return open_sharded(path, prefer=rank)
 
 
