@@ -21,7 +21,7 @@ from llama31_serve import AsyncClient, CancelledError, DeadlineError
 from llama31_serve.server.app import FMAAS_SERVICE, SERVICE
 from llama31_serve.server.echo_engine import EchoEngine
 from llama31_serve.server.generation_request import Limits
-from llama31_serve.server.job import Inbox, StepText, TextStream
+from llama31_serve.server.job import Inbox, StepText, TextStream, Update
 from llama31_serve.server.refusal import Refusal
 from llama31_serve.server.text import TextModel
 from llama31_serve.server.validation import read_chat, read_generate
@@ -143,6 +143,15 @@ async def test_what_waits_for_a_reader_is_one_update_per_completion(text_model: 
         (i, "a" * 1000, 1000) for i in range(3)
     ]
     assert (inbox.num_tokens, inbox.first_token_s, inbox.last_token_s) == (3000, 0.0, 999.0)
+
+
+async def test_a_failure_outlives_the_tokens_that_come_before_it_is_read(text_model: TextModel) -> None:
+    inbox, failure = Inbox(), Refusal(grpc.StatusCode.UNAVAILABLE, "the engine is gone")
+    stream = TextStream(0, text_model.stream_decoder(True), StopStringMatcher(()))
+    inbox.put(Update(0, failure=failure), 0.0)
+    inbox.put(stream.push(StepText([97], None)), 1.0)
+    [update] = await inbox.take()
+    assert update.failure is failure
 
 
 def _same(data: bytes) -> bytes:

@@ -140,8 +140,8 @@ class Inbox:
             waiting.tail += update.tail
             waiting.logprobs += update.logprobs
             waiting.prompt_logprobs = waiting.prompt_logprobs or update.prompt_logprobs
-            waiting.finished = update.finished
-            waiting.failure = update.failure
+            waiting.finished = waiting.finished or update.finished
+            waiting.failure = waiting.failure or update.failure  # tokens may still come from an engine that is given up
         self._arrived.set()
 
     async def take(self) -> list[Update]:
