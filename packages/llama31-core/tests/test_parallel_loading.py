@@ -115,5 +115,6 @@ def test_a_rank_computes_with_bfloat16_weights_in_float32(
     groups = Groups(alone, 0, config.n_kv_heads)
     part = PartRunner(tmp_path, config, alone, groups, plan, Precision("bfloat16", "float32"))
     batch = ForwardInput([[5, 3, 8, 1, 2]], [0], [[2, 6]], [5])
-    want = build_runner(config, {name: value.astype(np.float32) for name, value in stored.items()}).forward(batch)
-    np.testing.assert_allclose(part.forward(batch), want, atol=1e-5)  # other kernels add up in another order
+    exact = {name: value.astype(np.float32) for name, value in stored.items()}
+    want = build_runner(config, exact, num_blocks=8, block_size=4).forward(batch)
+    np.testing.assert_allclose(part.forward(batch), want, atol=1e-6)

@@ -47,13 +47,16 @@ struct Queries {
 // Queries and vectors of values that are added up together.
 constexpr int kMixedRows = kLanes == 16 ? 4 : 2, kMixedVectors = 4;
 
-// Weighted sum of values for MR queries over kMixedVectors vectors of columns: terms are added in the order of the positions.
+// Weighted sum of values for MR queries over kMixedVectors vectors of columns: terms are added in the order of the
+// positions.
 template <int MR>
 void MixValues(const Sequence &sequence, const float *weights, int64_t stride, int64_t length,
                int64_t column, float *const *out) {
   Vector sums[MR][kMixedVectors];
   Mask masks[kMixedVectors];
-  for (int j = 0; j < kMixedVectors; ++j) masks[j] = FirstLanes(std::max<int64_t>(0, sequence.width - column - kLanes * j));
+  for (int j = 0; j < kMixedVectors; ++j) {
+    masks[j] = FirstLanes(std::max<int64_t>(0, sequence.width - column - kLanes * j));
+  }
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < kMixedVectors; ++j) sums[i][j] = Zero();
   for (int64_t s = 0; s < length; ++s) {
