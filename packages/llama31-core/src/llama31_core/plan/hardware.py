@@ -141,7 +141,7 @@ _CPU = Device(
     sources=(
         ("180 GFLOP/s", "measured: float32 products of MindSpore on two cores with AVX-512"),
         ("16 GB", "assumed; ranks of one host share it"),
-        ("0.55 GB reserved", "measured by tools/bench/plan.py: a process that trains a model of 0.6 MB"),
+        ("0.33 GB reserved", "measured by tools/bench/plan.py: 0.33 GB with AVX-512, 0.24 GB with AVX2"),
         ("20 GB/s", "assumed of two cores"),
         ("1 GB/s, 200 us", "assumed of collectives over the loopback interface"),
     ),
