@@ -33,13 +33,18 @@ if sys.argv[1] not in ("end", "stop"):
     time.sleep(300)
 """
 SUM_PROGRAM = """
+import sys, time
 import numpy as np
 import mindspore as ms
 from mindspore import Tensor, ops
 from mindspore.communication import get_rank, init
 ms.set_device("CPU")
 init("mccl")
-print("sum", ops.AllReduce()(Tensor(np.float32(get_rank() + 1))).asnumpy(), flush=True)
+add_up = ops.AllReduce()
+print("sum", add_up(Tensor(np.float32(get_rank() + 1))).asnumpy(), flush=True)
+while sys.argv[1:] == ["forever"]:
+    add_up(Tensor(np.float32(1))).asnumpy()
+    time.sleep(0.05)
 """
 
 
@@ -285,3 +290,26 @@ def test_two_nodes_make_one_group(work_dir: Path) -> None:
         _, errors = job.communicate(timeout=TIMEOUT_S)
         assert job.returncode == 0, errors
         assert "sum 3.0" in (work_dir / f"node{node}" / f"worker_{node}.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_lost_on_another_node_ends_this_one_within_seconds_and_is_named(work_dir: Path) -> None:
+    port = str(free_port())
+    jobs = [
+        start(work_dir, "sum.py forever", "2", "1", "127.0.0.1", port, str(node), f"node{node}", "True", "60")
+        for node in range(2)
+    ]
+    logs = [work_dir / f"node{node}" / f"worker_{node}.log" for node in range(2)]
+    deadline = time.monotonic() + TIMEOUT_S
+    while not all(log.is_file() and "sum 3.0" in log.read_text() for log in logs) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    watcher = int((work_dir / "node1" / ".running_on_node_1_rank_1").read_text().splitlines()[1])
+    os.kill(watcher, signal.SIGKILL)
+    started = time.monotonic()
+    _, errors = jobs[0].communicate(timeout=TIMEOUT_S)
+    elapsed_s = time.monotonic() - started
+    jobs[1].communicate(timeout=TIMEOUT_S)
+    assert [job.returncode for job in jobs] == [1, 1]
+    assert "ranks of other nodes that fell silent first: 1" in errors
+    assert elapsed_s < 25, f"{elapsed_s} s; MindSpore alone notices after 30"
+    assert processes_in(work_dir) == []

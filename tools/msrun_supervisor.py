@@ -34,6 +34,7 @@ _POLL_S = 0.2
 _GRACE_S = 3.0
 _STOP_S = 300.0  # for what a rank writes after SIGTERM; what sent it may be less patient
 _LOG_TAIL_LINES = 5
+_HEARTBEAT_S = "10"  # that a rank of another node may be silent for; MindSpore waits 30 unless it is told
 _WATCHER_GONE = 0  # in place of an exit code
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _LIBC = ctypes.CDLL(None)
@@ -180,7 +181,7 @@ def watch(command: list[str], arguments: argparse.Namespace) -> int:
         signal.signal(number, note)
     # msrun starts Python programs with the `python` that it finds.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    env = {**os.environ, "PATH": path}
+    env = {"MS_NODE_TIMEOUT": _HEARTBEAT_S, **os.environ, "PATH": path}
     job = subprocess.Popen(
         command,
         start_new_session=True,
@@ -211,10 +212,19 @@ def watch(command: list[str], arguments: argparse.Namespace) -> int:
     if signals:
         print("msrun_launcher.sh: interrupted; all ranks of this node are ended", file=sys.stderr)
         return 130
-    absent = never_came(log_dir / "scheduler.log", arguments.worker_num) if node_rank == 0 else ""
     print(f"msrun_launcher.sh: error: {describe_failure(log_dir)}", file=sys.stderr)
-    if absent:
-        print(f"msrun_launcher.sh: error: of {arguments.worker_num} ranks these never came: {absent}", file=sys.stderr)
+    if node_rank == 0:
+        scheduler_log = log_dir / "scheduler.log"
+        if absent := never_came(scheduler_log, arguments.worker_num):
+            print(
+                f"msrun_launcher.sh: error: of {arguments.worker_num} ranks these never came: {absent}", file=sys.stderr
+            )
+        if silent := fell_silent(scheduler_log, arguments.local_worker_num):
+            print(
+                f"msrun_launcher.sh: error: ranks of other nodes that fell silent first: {silent}; their nodes' logs "
+                "say why",
+                file=sys.stderr,
+            )
     return 1
 
 
@@ -265,8 +275,18 @@ def never_came(scheduler_log: Path, worker_num: int) -> str:
     came = {int(rank) for rank in re.findall(r"The new node: (\d+)\(role: MS_WORKER\)", text)}
     if not came or "Cluster is successfully initialized" in text:
         return ""
-    absent = [str(rank) for rank in range(worker_num) if rank not in came]
-    return ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+    return _listed([rank for rank in range(worker_num) if rank not in came])
+
+
+def fell_silent(scheduler_log: Path, local_worker_num: int) -> str:
+    """The ranks of other nodes than node 0 whose heartbeat the scheduler missed."""
+    text = scheduler_log.read_text(errors="replace") if scheduler_log.is_file() else ""
+    ranks = {int(rank) for rank in re.findall(r"The node: (\d+) is timed out", text)}
+    return _listed(sorted(rank for rank in ranks if rank >= local_worker_num))
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:10])) + (f" and {len(ranks) - 10} more" if len(ranks) > 10 else "")
 
 
 def _signal_with_parent(number: signal.Signals) -> None:
