@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from functools import cache
 
@@ -11,6 +10,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from llama31_core.precision import DtypeName, Precision
+from llama31_core.training.process_memory import peak_bytes
 
 _SIZE_ON_CPU, _SIZE = 1536, 8192  # a smaller product takes an NPU no longer than to start it
 
@@ -45,5 +45,5 @@ def measure_flops_per_s(dtype: ms.Type) -> float:
 def peak_memory_bytes() -> int:
     """The most memory that was in use until now: of the process on a CPU, of the device elsewhere."""
     if ms.get_context("device_target") == "CPU":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_bytes()
     return int(ms.runtime.max_memory_allocated())

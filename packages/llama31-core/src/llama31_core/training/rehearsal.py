@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -18,9 +17,9 @@ from llama31_core.training.attention import BlockwiseAttention
 from llama31_core.training.backprop import Backprop
 from llama31_core.training.batch import Batch
 from llama31_core.training.block import Recompute
-from llama31_core.training.device import peak_memory_bytes
 from llama31_core.training.head import Objective
 from llama31_core.training.optim import AdamW
+from llama31_core.training.process_memory import file_bytes, peak_bytes
 from llama31_core.training.step import TrainStep
 from llama31_core.training.weights import TrainedWeights
 
@@ -40,12 +39,7 @@ def rehearse(
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, seq_length)).astype(np.int32)
     for _ in range(num_steps):
         step([Batch.unpacked(tokens, tokens)] * micro_batches, 1e-5)
-    return peak_memory_bytes() - _file_bytes()
-
-
-def _file_bytes() -> int:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssFile"].split()[0]) * 1024
+    return peak_bytes() - file_bytes()
 
 
 if __name__ == "__main__":
