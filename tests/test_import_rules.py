@@ -29,12 +29,6 @@ FORBIDDEN = [
     ("serve", "server/__init__", "import llama31_data"),
     ("serve", "client", "import llama31_tokenizer"),
 ]
-# One of each kind of rule: a run of Pants takes seconds.
-FORBIDDEN_TO_PANTS = [
-    ("tokenizer", "__init__", "import mindspore"),
-    ("core", "config", "import llama31_tokenizer"),
-    ("serve", "client", "import llama31_core"),
-]
 PURE = [
     "llama31_tokenizer",
     "llama31_tokenizer.cli",
@@ -127,21 +121,15 @@ def test_import_linter_finds_every_forbidden_import(copy: Path) -> None:
         assert f"{importer} -> {statement.removeprefix('import ')} (l." in result.stdout, result.stdout
 
 
-def test_pants_refuses_forbidden_imports(copy: Path) -> None:
-    def pants() -> subprocess.CompletedProcess[str]:
-        command = ["tools/pants", "--no-pantsd", "--no-dynamic-ui", "dependencies", "packages::"]
-        return run(command, copy, {"PANTS_BUILDROOT_OVERRIDE": str(copy)})
-
-    result = pants()
-    assert result.returncode == 0, result.stderr
-    for package, module, statement in FORBIDDEN_TO_PANTS:
-        file = module_file(copy, package, module)
-        before = file.read_text()
-        add_import(copy, package, module, statement)
-        result = pants()
-        assert result.returncode != 0, f"{file.name} of {package} may {statement}"
-        assert "DependencyRule" in result.stderr or "violation" in result.stderr, result.stderr
-        file.write_text(before)
+def test_pants_refuses_a_forbidden_import(copy: Path) -> None:
+    """That it takes the others is seen by every run of it."""
+    package, module, statement = FORBIDDEN[1]
+    add_import(copy, package, module, statement)
+    command = ["tools/pants", "--no-pantsd", "--no-dynamic-ui", "dependencies", "packages::"]
+    result = run(command, copy, {"PANTS_BUILDROOT_OVERRIDE": str(copy)})
+    assert result.returncode != 0
+    assert "DependencyRule" in result.stderr, result.stderr
+    assert f"llama31_{package}/{module}.py" in result.stderr, result.stderr
 
 
 def test_imports_without_mindspore_and_torch_in_memory() -> None:
