@@ -25,24 +25,29 @@ from bench.memory_bandwidth import read_bandwidth
 
 _SIZE = 2048
 _REPEATS = 12
+_SLOW_S = (
+    2.0  # torch has no product of bfloat16 for a CPU without such instructions: minutes, where float32 takes 0.2 s
+)
 
 
-def products_per_s(multiply: Callable[[], object]) -> float:
-    """Operations a second of the fastest call."""
-    multiply()
-    best_s = float("inf")
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        multiply()
-        best_s = min(best_s, time.perf_counter() - started)
-    return 2 * _SIZE**3 / best_s
+def products_per_s(multiply: Callable[[int], object]) -> float:
+    """Operations a second of the fastest call; of small matrices if those of an eighth of the size take long."""
+    if _seconds(multiply, _SIZE // 8) > _SLOW_S / 64:
+        return 2 * (_SIZE // 8) ** 3 / _seconds(multiply, _SIZE // 8)
+    return 2 * _SIZE**3 / min(_seconds(multiply, _SIZE) for _ in range(_REPEATS))
+
+
+def _seconds(multiply: Callable[[int], object], size: int) -> float:
+    started = time.perf_counter()
+    multiply(size)
+    return time.perf_counter() - started
 
 
 def measure(threads: int) -> dict[str, float]:
     """Bytes a second, and operations a second by library and type."""
     found = {"read bandwidth, bytes/s": read_bandwidth(threads)}
     matrix = np.ones((_SIZE, _SIZE), np.float32)
-    found["NumPy float32, operations/s"] = products_per_s(lambda: matrix @ matrix)
+    found["NumPy float32, operations/s"] = products_per_s(lambda size: matrix[:size, :size] @ matrix[:size, :size])
     if importlib.util.find_spec("torch") is not None:
         import torch
 
@@ -50,7 +55,9 @@ def measure(threads: int) -> dict[str, float]:
         for dtype in (torch.float32, torch.bfloat16):
             ones = torch.ones(_SIZE, _SIZE, dtype=dtype)
             name = str(dtype).removeprefix("torch.")
-            found[f"torch {name}, operations/s"] = products_per_s(lambda ones=ones: ones @ ones)  # type: ignore[misc]
+            found[f"torch {name}, operations/s"] = products_per_s(
+                lambda size, ones=ones: ones[:size, :size] @ ones[:size, :size]  # type: ignore[misc]
+            )
     return found
 
 

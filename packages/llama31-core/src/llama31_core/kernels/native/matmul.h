@@ -47,7 +47,8 @@ inline void Tile(const T *x, int64_t x_stride, const Rows &rows, int64_t k, int6
   Vector sums[MR][4];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < 4; ++j) sums[i][j] = Zero();
-  const auto add = [&](int64_t at, const auto &load_row, const auto &load_x) {
+  // Sums stay in registers only where this is inlined, which GCC leaves to chance in large sources.
+  const auto add = [&](int64_t at, const auto &load_row, const auto &load_x) __attribute__((always_inline)) {
     decltype(load_row(0)) ws[4];
     for (int j = 0; j < 4; ++j) ws[j] = load_row(j);
     for (int i = 0; i < MR; ++i) {
