@@ -5,7 +5,7 @@
 Per kind of work (decoding 1 and 16 sequences, a prompt of 512) the engine takes real steps, and says what it handed to
 the model. The same model is then compiled with a clock between its phases (phases.cc) and run with the same arguments,
 over the engine's own weights and cache; and once more without clocks, to see that they cost nothing. What is left of a
-step is MindSpore's call of its operator, then scheduling and sampling. All figures are medians. MODEL_DIR may be of
+step is the call from Python, then scheduling and sampling. All figures are medians. MODEL_DIR may be of
 float32, bfloat16, 8 or 4 bits.
 
 Bytes are those that have to come from memory at least: weights once, and the cache's keys and values once for each
@@ -58,7 +58,7 @@ _WORK = {"decode 1": (1, 64), "decode 16": (16, 64), "prefill 512": (1, 512)}  #
 _STEPS = 32  # that a decoding sequence takes
 _REPLAYS = 16
 _VOCABULARY = 40_000  # ids that every model measured here has
-_CALL, _PYTHON = "MindSpore's call of the model", "scheduling, sampling"
+_CALL, _PYTHON = "call of the model", "scheduling, sampling"
 
 Arrays = tuple[npt.NDArray[np.int32], ...]
 Seconds = dict[str, list[float]]
@@ -121,7 +121,7 @@ class TimedModel:
         assert command is not None  # the engine's kernels were compiled
         target, source = directory / "phases.so", Path(__file__).with_name("phases.cc")
         subprocess.run([*command, f"-I{SOURCES}", "-o", str(target), str(source)], check=True)
-        self._library, self._held, self._vocab_size = ctypes.CDLL(str(target)), net.held, vocab_size
+        self._library, self._net, self._vocab_size = ctypes.CDLL(str(target)), net, vocab_size
         self._library.Llama31SetNumThreads(num_threads())
 
     def phases(self, arrays: Arrays) -> list[float]:
@@ -135,14 +135,9 @@ class TimedModel:
     def _run(self, function: str, arrays: Arrays) -> list[float]:
         logits = np.empty((len(arrays[-1]), self._vocab_size), np.float32)
         seconds = np.zeros(len(PHASES))
-        given = [(array.ctypes.data, array.shape, b"int32") for array in arrays]
-        given += [(held.data_ptr(), held.shape, str(held.dtype).lower().encode()) for held in self._held]
-        given.append((logits.ctypes.data, logits.shape, b"float32"))
-        addresses = (ctypes.c_void_p * len(given))(*(address for address, _, _ in given))
-        rows = [(ctypes.c_int64 * len(shape))(*shape) for _, shape, _ in given]
-        shapes = (ctypes.c_void_p * len(given))(*(ctypes.addressof(row) for row in rows))
-        dtypes = (ctypes.c_char_p * len(given))(*(dtype for _, _, dtype in given))
-        failed = self._library[function](len(given), addresses, shapes, dtypes, seconds.ctypes.data_as(ctypes.c_void_p))
+        address = seconds.ctypes.data_as(ctypes.c_void_p)
+        with self._net.pack(arrays, logits) as arguments:
+            failed = self._library[function](*arguments, address)
         assert not failed
         found: list[float] = seconds.tolist()
         return found

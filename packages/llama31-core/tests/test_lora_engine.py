@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from mindspore import nn
 
 from llama31_core.checkpoint import save_weights, spell
 from llama31_core.config import ModelConfig
@@ -81,6 +82,7 @@ def compiled_graphs(engine: Engine) -> set[str]:
     """The keys under which MindSpore keeps what it has compiled of the engine's network."""
     runner = engine._runner
     assert isinstance(runner, GraphRunner)
+    assert isinstance(runner._net, nn.Cell)
     keys: set[str] = runner._net.compile_cache
     return keys
 

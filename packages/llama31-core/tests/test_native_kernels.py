@@ -18,7 +18,7 @@ from llama31_core import native_support
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.inference.native_llama import NativeLlama
-from llama31_core.kernels.native import NativeKernelsError, load_library, threads
+from llama31_core.kernels.native import NativeKernelsError, library, load_library, threads
 from llama31_core.model import Llama, PagedAttention
 from llama31_core.model.layers import Layers
 
@@ -63,11 +63,11 @@ def _model(config: ModelConfig, dtype: ms.Type, seed: int) -> Llama:
 class Paged:
     """Calls a model with the tokens of sequences whose blocks lie scattered in the cache."""
 
-    def __init__(self, net: nn.Cell) -> None:
-        ms.set_context(mode=ms.GRAPH_MODE)
-        any_shape, wanted = Tensor(shape=[None, None], dtype=ms.int32), Tensor(shape=[None], dtype=ms.int32)
-        self._is_native = isinstance(net, NativeLlama)
-        net.set_inputs(any_shape, any_shape, any_shape, any_shape, *[wanted] * self._is_native)
+    def __init__(self, net: NativeLlama | nn.Cell) -> None:
+        if not isinstance(net, NativeLlama):
+            ms.set_context(mode=ms.GRAPH_MODE)
+            any_shape = Tensor(shape=[None, None], dtype=ms.int32)
+            net.set_inputs(any_shape, any_shape, any_shape, any_shape)
         self._net = net
         self._table = np.random.default_rng(3).permutation(NUM_BLOCKS).astype(np.int32).reshape(3, -1)
 
@@ -76,9 +76,12 @@ class Paged:
         positions_BT = start + np.arange(tokens_BT.shape[1], dtype=np.int32) + np.zeros_like(tokens_BT)
         slots_BT = np.take_along_axis(tables_BM, positions_BT // BLOCK_SIZE, axis=1) * BLOCK_SIZE
         slots_BT = (slots_BT + positions_BT % BLOCK_SIZE).astype(np.int32)
-        wanted = [np.arange(tokens_BT.size, dtype=np.int32)] * self._is_native
-        arrays = (tokens_BT, positions_BT, slots_BT, tables_BM, *wanted)
-        logits: Floats = self._net(*(Tensor(array) for array in arrays)).asnumpy()
+        arrays = (tokens_BT, positions_BT, slots_BT, tables_BM)
+        logits: Floats
+        if isinstance(self._net, NativeLlama):
+            logits = self._net(*arrays, np.arange(tokens_BT.size, dtype=np.int32))
+        else:
+            logits = self._net(*(Tensor(array) for array in arrays)).asnumpy()
         return logits.reshape(*tokens_BT.shape, -1)
 
 
@@ -127,8 +130,7 @@ def test_logits_of_the_wanted_tokens_alone() -> None:
     positions, slots = np.array([[0, 1, 2]] * 2, np.int32), np.array([[0, 1, 2], [4, 5, 6]], np.int32)
     tables = np.array([[0], [1]], np.int32)
     every, some = (
-        native(*map(Tensor, (tokens, positions, slots, tables, np.array(wanted, np.int32)))).asnumpy()
-        for wanted in (range(6), [5, 0])
+        native(tokens, positions, slots, tables, np.array(wanted, np.int32)) for wanted in (range(6), [5, 0])
     )
     assert (some == every[[5, 0]]).all()
 
@@ -178,9 +180,9 @@ def test_a_number_of_threads_that_is_none_is_refused(monkeypatch: pytest.MonkeyP
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """No library loaded, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    load_library.cache_clear()
+    library._load.cache_clear()
     yield tmp_path
-    load_library.cache_clear()
+    library._load.cache_clear()
 
 
 def test_the_switch_turns_them_off(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +228,6 @@ def test_it_is_compiled_once_and_again_for_another_compiler(fresh: Path, monkeyp
 
     monkeypatch.setattr(subprocess, "run", counted)
     first = load_library()
-    load_library.cache_clear()
+    library._load.cache_clear()
     assert load_library() == first
     assert len(runs) == 1

@@ -1,25 +1,34 @@
-"""A Llama's parameters run by the native kernels: one operator from token ids to logits.
+"""A Llama's parameters run by the native kernels: one call from token ids to logits.
 
 Shapes: B sequences, T new tokens of each, M blocks of the longest sequence, N rows of logits, V = vocab_size.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import mindspore as ms
 import numpy as np
+import numpy.typing as npt
 from mindspore import Tensor, nn
 
-from llama31_core.kernels.native.operator import native_operator
+from llama31_core.kernels.native import load_library
 from llama31_core.model import Llama
 from llama31_core.model.transformer import TransformerBlock
 from llama31_core.rope_frequencies import inverse_frequencies
 
+_Ints = npt.NDArray[np.int32]
+_Floats = npt.NDArray[np.float32]
 
-class NativeLlama(nn.Cell):  # type: ignore[misc]
+
+class NativeLlama:
     """Runs the parameters of a model that was built with `PagedAttention` over slots (num_blocks * block_size, K, D).
 
     A row of its results does not depend on the other rows of a batch, nor on how a prompt is cut into chunks, to the
-    last bit. Products take activations rounded to the weights' type and add up in float32.
+    last bit. Products take activations rounded to the weights' type and add up in float32. The kernels are called by
+    themselves: as an operator in a graph of MindSpore's each call would cost 4 ms more.
 
     Args:
         llama: holds the parameters; matrices all in float32 or all in bfloat16, or quantised; norms and caches in
@@ -30,12 +39,11 @@ class NativeLlama(nn.Cell):  # type: ignore[misc]
     """
 
     def __init__(self, llama: Llama) -> None:
-        super().__init__(auto_prefix=False)
         eps, block_size = llama.config.norm_eps, llama.model.layers[0].attention.core.block_size
         table = _matrix(llama.model.tok_embeddings)
         quantization = llama.config.quantization
         group_size = 0 if quantization is None else quantization.group_size
-        self.held = (
+        self._held = (
             Tensor(np.array([eps, block_size, group_size], np.float32)),
             Tensor(inverse_frequencies(llama.config)),
             llama.model.norm_out.weight,
@@ -43,20 +51,48 @@ class NativeLlama(nn.Cell):  # type: ignore[misc]
             *(table if llama.lm_head is None else _matrix(llama.lm_head)),
             *(parameter for block in llama.model.layers for parameter in _layer(block)),
         )
-        dtypes = [ms.int32] * 5 + [tensor.dtype for tensor in self.held]
-        kind = str(_matrix(llama.model.layers[0].attention.wq)[0].dtype)
-        name = f"Llama31Model_{len(dtypes)}_{kind}"
-        self._run = native_operator("Llama31Model", dtypes, 1, name=name)
+        self._rows = [_row(held.shape) for held in self._held]  # kept, as their addresses are handed over
+        self._shapes = [ctypes.addressof(row) for row in self._rows]
+        self._dtypes = [str(held.dtype).lower().encode() for held in self._held]
+        self._vocab_size = llama.config.vocab_size
+        self._run = ctypes.CDLL(str(load_library())).Llama31Model
 
-    def construct(
-        self, tokens_BT: Tensor, positions_BT: Tensor, slots_BT: Tensor, block_tables_BM: Tensor, wanted_N: Tensor
-    ) -> Tensor:
+    def __call__(
+        self, tokens_BT: _Ints, positions_BT: _Ints, slots_BT: _Ints, block_tables_BM: _Ints, wanted_N: _Ints
+    ) -> _Floats:
         """Logits (N, V) of the tokens whose indexes among the B * T are wanted."""
-        return self._run(tokens_BT, positions_BT, slots_BT, block_tables_BM, wanted_N, *self.held)
+        logits_NV = np.empty((len(wanted_N), self._vocab_size), np.float32)
+        arrays = (tokens_BT, positions_BT, slots_BT, block_tables_BM, wanted_N)
+        with self.pack([np.ascontiguousarray(array, np.int32) for array in arrays], logits_NV) as arguments:
+            failed = self._run(*arguments)
+        assert not failed, "the native library takes another number of arguments"
+        return logits_NV
+
+    @contextmanager
+    def pack(self, arrays: Sequence[_Ints], logits_NV: _Floats) -> Iterator[tuple[object, ...]]:
+        """The call's arguments, as arguments.h has them, while they exist: how many, addresses, shapes and types.
+
+        Arrays are contiguous.
+        """
+        first, last = [_row(array.shape) for array in arrays], _row(logits_NV.shape)
+        count = len(first) + len(self._held) + 1
+        addresses = [
+            *(array.ctypes.data for array in arrays),
+            *(held.data_ptr() for held in self._held),
+            logits_NV.ctypes.data,
+        ]
+        shapes = [*map(ctypes.addressof, first), *self._shapes, ctypes.addressof(last)]
+        dtypes = [*[b"int32"] * len(first), *self._dtypes, b"float32"]
+        pointers = ctypes.c_void_p * count
+        yield count, pointers(*addresses), pointers(*shapes), (ctypes.c_char_p * count)(*dtypes)
+
+
+def _row(shape: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(shape))(*shape)
 
 
 def _layer(block: TransformerBlock) -> tuple[ms.Parameter, ...]:
-    """A layer's parameters in the operator's order; it writes new keys and values into the caches."""
+    """A layer's parameters in the library's order; it writes new keys and values into the caches."""
     attention, feed_forward = block.attention, block.feed_forward
     return (
         block.attention_norm.weight,

@@ -1,8 +1,8 @@
 """Runs batches of tokens through the model on a device: lists of ids in, NumPy logits out.
 
-One graph with dynamic shapes computes prefill, decode and the check of guesses for any batch, so nothing is compiled
-after the first call. Shapes: B sequences, T new tokens of each, M blocks of the longest sequence, N rows of logits,
-V = vocab_size.
+One graph with dynamic shapes, or one function of the native kernels, computes prefill, decode and the check of guesses
+for any batch, so nothing is compiled after the first call. Shapes: B sequences, T new tokens of each, M blocks of the
+longest sequence, N rows of logits, V = vocab_size.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class _WantedLogits(nn.Cell):  # type: ignore[misc]
     def __init__(self, llama: Llama) -> None:
         super().__init__(auto_prefix=False)
         self.llama = llama
+        self.set_train(False)
+        any_shape = Tensor(shape=[None, None], dtype=ms.int32)
+        self.set_inputs(any_shape, any_shape, any_shape, any_shape, Tensor(shape=[None], dtype=ms.int32))
 
     def construct(
         self, tokens_BT: Tensor, positions_BT: Tensor, slots_BT: Tensor, block_tables_BM: Tensor, wanted_N: Tensor
@@ -52,7 +55,7 @@ class _WantedLogits(nn.Cell):  # type: ignore[misc]
 
 
 class GraphRunner:
-    """A model with its cache, compiled as one graph.
+    """A model with its cache, compiled as one graph or run by the native kernels.
 
     Args:
         llama: a model built with `PagedAttention` over `num_blocks` blocks of `block_size` tokens.
@@ -82,9 +85,6 @@ class GraphRunner:
         self.adapters = adapters
         self.llama = llama
         self._net = NativeLlama(llama) if native else _WantedLogits(llama)
-        self._net.set_train(False)
-        any_shape = Tensor(shape=[None, None], dtype=ms.int32)
-        self._net.set_inputs(any_shape, any_shape, any_shape, any_shape, Tensor(shape=[None], dtype=ms.int32))
         self._block_io = BlockIO(list(caches(llama)), num_blocks, num_host_blocks)
 
     @classmethod
@@ -123,7 +123,11 @@ class GraphRunner:
         if self.adapters is not None:
             self.adapters.select(batch.adapter_slots or [BASE_SLOT] * len(batch.starts))
         arrays = (*graph_input(batch, self.block_size), wanted_rows(batch))
-        logits: npt.NDArray[np.float32] = self._net(*(Tensor(array) for array in arrays)).asnumpy()
+        logits: npt.NDArray[np.float32]
+        if isinstance(self._net, NativeLlama):
+            logits = self._net(*arrays)
+        else:
+            logits = self._net(*(Tensor(array) for array in arrays)).asnumpy()
         return logits[: sum(batch.num_logits)]
 
 

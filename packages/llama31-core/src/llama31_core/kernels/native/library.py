@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,7 +28,6 @@ class NativeKernelsError(Llama31Error):
     """This machine cannot run the native kernels; the portable ones do the same, slower."""
 
 
-@lru_cache(maxsize=1)
 def load_library() -> Path:
     """The compiled library, built if it is not in the cache yet (some twenty seconds).
 
@@ -39,6 +39,11 @@ def load_library() -> Path:
     reason, command = what_is_missing(), compile_command()
     if reason is not None or command is None:
         raise NativeKernelsError(reason)
+    return _load(tuple(command))
+
+
+@lru_cache(maxsize=1)
+def _load(command: tuple[str, ...]) -> Path:
     library = _cache_directory() / _fingerprint(command) / "libllama31_kernels.so"
     if not library.exists():
         _compile(command, library)
@@ -57,14 +62,14 @@ def _cache_directory() -> Path:
     return Path(home) / "llama31" / "kernels"
 
 
-def _fingerprint(command: list[str]) -> str:
+def _fingerprint(command: Sequence[str]) -> str:
     digest = hashlib.sha256("\0".join(command).encode())
     for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cc")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(command: list[str], library: Path) -> None:
+def _compile(command: Sequence[str], library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         built = Path(directory) / library.name
