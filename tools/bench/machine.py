@@ -25,15 +25,15 @@ from bench.memory_bandwidth import read_bandwidth
 
 _SIZE = 2048
 _REPEATS = 12
-_SLOW_S = (
-    2.0  # torch has no product of bfloat16 for a CPU without such instructions: minutes, where float32 takes 0.2 s
-)
+_SLOW_SIZE, _SLOW_S = 256, 0.03  # torch's bfloat16 takes longer where a CPU has no such products; 2048 takes minutes
 
 
 def products_per_s(multiply: Callable[[int], object]) -> float:
-    """Operations a second of the fastest call; of small matrices if those of an eighth of the size take long."""
-    if _seconds(multiply, _SIZE // 8) > _SLOW_S / 64:
-        return 2 * (_SIZE // 8) ** 3 / _seconds(multiply, _SIZE // 8)
+    """Operations a second of the fastest call; of small matrices if those take long."""
+    multiply(_SLOW_SIZE)
+    small_s = _seconds(multiply, _SLOW_SIZE)
+    if small_s > _SLOW_S:
+        return 2 * _SLOW_SIZE**3 / small_s
     return 2 * _SIZE**3 / min(_seconds(multiply, _SIZE) for _ in range(_REPEATS))
 
 

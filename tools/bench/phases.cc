@@ -69,7 +69,7 @@ struct TimedModel : Model<Matrix, Table> {
 
 extern "C" void Llama31SetNumThreads(int count) { ThreadPool::num_threads = count; }
 
-// The operator's arguments; adds to the seconds of each phase.
+// The arguments of arguments.h; adds to the seconds of each phase.
 extern "C" int Llama31Phases(int nparam, void **params, int64_t **shapes, const char **dtypes, double *seconds) {
   return WithModel(nparam, params, shapes, dtypes, [&](const ModelInputs &in, auto kinds, float *logits) {
     using Kinds = decltype(kinds);

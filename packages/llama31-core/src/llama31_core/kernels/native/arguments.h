@@ -1,4 +1,4 @@
-// What the operator of a whole model is called with: MindSpore's arrays of arguments in, a model's inputs out.
+// What a whole model is called with: arrays of addresses, shapes and types in, a model's inputs out.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace llama31 {
 
-// The operator's arguments, taken one after the other.
+// The arguments, taken one after the other.
 class Arguments {
  public:
   Arguments(void **params, int64_t **shapes) : params_(params), shapes_(shapes) {}

@@ -14,9 +14,6 @@ from llama31_core.kernels.native.library import load_library
 _FORMATS = {
     ms.int32: DataType.I32_Default,
     ms.float32: DataType.F32_Default,
-    ms.bfloat16: DataType.BF16_Default,
-    ms.int8: DataType.I8_Default,
-    ms.uint8: DataType.U8_Default,
 }
 
 
@@ -25,8 +22,7 @@ def native_operator(
     inputs: Sequence[ms.Type],
     num_outputs: int,
     *,
-    name: str | None = None,
-    out_shape: Callable[..., Any] | None = None,
+    out_shape: Callable[..., Any],
     out_dtype: Callable[..., Any] | ms.Type = ms.float32,
 ) -> ops.Custom:
     """An operator with outputs in float32.
@@ -34,15 +30,13 @@ def native_operator(
     Args:
         function: of the library.
         inputs: their types.
-        name: of the registration; MindSpore keeps one for a name, so a function that is given inputs of several kinds
-            needs a name for each.
-        out_shape: gives the outputs' shapes; None if the library has `<function>InferShape`, which serves dynamic ones.
+        out_shape: gives the outputs' shapes.
         out_dtype: the same for types.
 
     Raises:
         NativeKernelsError: not on this machine.
     """
-    info = CustomRegOp() if name is None else CustomRegOp(name)
+    info = CustomRegOp()
     for index in range(len(inputs)):
         info = info.input(index, f"x{index}")
     for index in range(num_outputs):
