@@ -16,14 +16,18 @@ from msrun_supervisor import never_came
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "tools" / "msrun_launcher.sh"
 TIMEOUT_S = 120
-# What a rank does is said by its first argument. Ranks but no MindSpore: what is tested is the launching.
+# What a rank does is said by its first argument, and the second names a file that a rank waits for before it dies.
+# Ranks but no MindSpore: what is tested is the launching.
 PROGRAM = """
 import os, signal, sys, time
 rank, role = os.environ.get("RANK_ID"), os.environ["MS_ROLE"]
 print("rank", rank, "of", os.environ["MS_WORKER_NUM"], sys.argv[1:], flush=True)
-if role == "MS_WORKER" and rank == "1" and sys.argv[1] == "raise":
-    raise ValueError("the second rank's own error")
-if role == "MS_WORKER" and rank == "1" and sys.argv[1] == "killed":
+if role == "MS_WORKER" and rank == "1" and sys.argv[1] in ("raise", "killed"):
+    waited_until = time.monotonic() + 60
+    while sys.argv[2:] and not os.path.exists(sys.argv[2]) and time.monotonic() < waited_until:
+        time.sleep(0.05)
+    if sys.argv[1] == "raise":
+        raise ValueError("the second rank's own error")
     os.kill(os.getpid(), 9)
 if sys.argv[1] == "stop" and role == "MS_WORKER":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("checkpoint written", flush=True)))
@@ -186,13 +190,12 @@ def test_ranks_that_never_came_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("what", "how"), [("raise", "ended with exit code 1"), ("killed", "was killed by SIGKILL")])
 def test_a_dead_rank_ends_the_others_and_is_named(what: str, how: str, work_dir: Path) -> None:
-    with start(work_dir, f"program.py {what}", "3", str(free_port()), "logs", "True", "60") as job:
-        log = work_dir / "logs" / "worker_1.log"
-        deadline = time.monotonic() + TIMEOUT_S
-        while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.05)
+    with start(work_dir, f"program.py {what} now", "3", str(free_port()), "logs", "True", "60") as job:
+        assert job.stdout is not None
+        assert any("rank 0 of 3" in line for line in job.stdout), "msrun shows the first rank's log"
+        (work_dir / "now").touch()
         started = time.monotonic()
-        output, errors = job.communicate(timeout=TIMEOUT_S)
+        _, errors = job.communicate(timeout=TIMEOUT_S)
         elapsed_s = time.monotonic() - started
     assert job.returncode == 1
     assert f"rank 1 {how}, the other ranks of this node have been ended; its log is logs/worker_1.log" in errors
@@ -200,7 +203,6 @@ def test_a_dead_rank_ends_the_others_and_is_named(what: str, how: str, work_dir:
     assert processes_in(work_dir) == []
     if what == "raise":
         assert "the second rank's own error" in errors
-    assert "rank 0 of 3" in output  # msrun shows the ranks' logs
 
 
 def test_in_the_background_the_end_is_in_the_launcher_s_log(work_dir: Path) -> None:
