@@ -115,6 +115,23 @@ def test_logits_equal_the_portable_kernels_and_no_bit_depends_on_batch_or_chunks
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
+def test_rows_that_are_cut_into_parts_and_panels_give_the_same_bits(dtype: ms.Type) -> None:
+    """96 rows of 3,300 numbers are more than a cache takes at once, 32 and less are not."""
+    config = ModelConfig.preset("tiny").model_copy(update={"dim": 64, "ffn_dim": 3300, "vocab_size": 40})
+    llama = _model(config, dtype, 1)
+    native = Paged(NativeLlama(llama))
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, 32)).astype(np.int32)
+    whole = native(tokens, 0, [0, 1, 2])
+    chunks = [native(tokens[:, start : start + size], start, [2, 0, 1]) for start, size in ((0, 10), (10, 1), (11, 21))]
+    assert (np.concatenate(chunks, axis=1) == whole).all()
+    assert (native(tokens[1:2], 0, [0])[0] == whole[1]).all()
+    if dtype == ms.float32:
+        expected = Paged(_model(config, ms.float32, 1))(tokens, 0, [0, 1, 2])
+        assert np.abs(whole - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+@needs_native
 def test_a_token_that_shares_a_slot_with_padding_is_not_turned_twice() -> None:
     config = ModelConfig.preset("tiny")
     native = Paged(NativeLlama(_model(config, ms.float32, 0)))

@@ -85,6 +85,16 @@ def prefill(runner: GraphRunner, prompts: list[list[int]]) -> npt.NDArray[np.flo
     return runner.forward(ForwardInput(prompts, [0] * len(prompts), tables, lengths))
 
 
+def _multiplies_bfloat16() -> bool:
+    options = instruction_options()
+    return options is not None and "-mavx512bf16" in options
+
+
+def _kernel_error() -> float:
+    """Of what numbers are rounded to before a product: 8 bits of bfloat16, or 16 of the largest of a section."""
+    return 0.02 if _multiplies_bfloat16() else 2e-4
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.sampled_from([32, 64, 96, 160]), st.sampled_from([32, 64, 128]), st.integers(0, 2**32 - 1))
 @pytest.mark.parametrize("bits", [8, 4])
@@ -140,8 +150,7 @@ def test_models_on_both_cpu_kernels(
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, 50, shape).tolist() for shape in ((1, 1), (1, 7), (4, 25))]
     found = [prefill(runner, batch) for batch in batches]
-    options = instruction_options()
-    rounding = 0.0 if options is not None and "-mavx512bf16" in options else 0.02
+    rounding = 0.0 if _multiplies_bfloat16() else 0.02  # the twin's weights are rounded
     for batch, logits in zip(batches, found, strict=True):
         assert np.abs(logits - prefill(twin, batch)).max() <= rounding * np.abs(logits).max()
     # 100 rows go through widened weights, 1 row through those in registers: the same bits.
@@ -151,7 +160,28 @@ def test_models_on_both_cpu_kernels(
     portable_runner = runner_of(path)
     for batch, logits in zip(batches, found, strict=True):
         slow = prefill(portable_runner, batch)
-        assert np.abs(slow - logits).max() < 0.02 * np.abs(slow).max()
+        assert np.abs(slow - logits).max() < _kernel_error() * np.abs(slow).max()
+
+
+@pytest.mark.parametrize("group_size", [32, 128, 2080])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_long_rows_and_groups_on_both_cpu_kernels(
+    tmp_path: Path, random_weights: Callable[..., Weights], monkeypatch: pytest.MonkeyPatch, bits: Any, group_size: int
+) -> None:
+    """2,080 columns of 100 rows are cut into parts, those of 25 rows are not: the same bits. A group may be a whole row."""
+    if not native_kernels_here():
+        pytest.skip("no native kernels on this machine")
+    quantization = Quantization(bits=bits, group_size=group_size)
+    config = config_of(bits).model_copy(update={"ffn_dim": 2080, "quantization": quantization})
+    path = save(tmp_path / "few", config, quantized(config, random_weights(config)))
+    runner = runner_of(path)
+    prompts = np.random.default_rng(0).integers(0, 50, (4, 25)).tolist()
+    together = prefill(runner, prompts).reshape(4, 25, -1)
+    np.testing.assert_array_equal(np.stack([prefill(runner, [prompt]) for prompt in prompts]), together)
+    np.testing.assert_array_equal(prefill(runner, [prompts[0][:1]])[0], together[0, 0])
+    monkeypatch.setattr("llama31_core.inference.runner.native_kernels_here", lambda: False)
+    expected = prefill(runner_of(path), prompts).reshape(together.shape)
+    assert np.abs(together - expected).max() < _kernel_error() * np.abs(expected).max()
 
 
 def test_a_part_of_the_rows_reads_as_that_part(tmp_path: Path, random_weights: Callable[..., Weights]) -> None:

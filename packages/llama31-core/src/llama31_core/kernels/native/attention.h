@@ -120,7 +120,7 @@ inline void Attend(const Queries &queries, const Sequence &sequence) {
     for (int64_t i = 0; i < count; i += kTileRows) {
       const int64_t rows = std::min<int64_t>(kTileRows, count - i);
       __m128 sums[kTileRows];
-      TileOf(rows, q + i * width, width, keys, width, 0, sums);
+      TileOf<kTileRows>(rows, PlainView<float>{q, width}, i, keys, Columns{0, width, true, true, 0}, nullptr, sums);
       for (int64_t r = 0; r < rows; ++r) _mm_storeu_ps(scores + (i + r) * stride + s, sums[r]);
     }
   }

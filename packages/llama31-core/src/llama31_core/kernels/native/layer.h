@@ -40,7 +40,7 @@ struct Step {
 // The phases of a layer, over buffers that all layers share.
 template <typename Matrix>
 class Layer {
-  using T = typename Matrix::Input;
+  using Inputs = typename Matrix::Inputs;
 
  public:
   // x (B, T, E) goes in and comes out.
@@ -55,7 +55,7 @@ class Layer {
         k_(Buffer<1>(rows_ * in.kv_width)),
         mixed_(Buffer<2>(rows_ * in.q_width)),
         gated_(Buffer<3>(rows_ * 2 * in.ffn)),
-        input_(InputBuffer(rows_ * std::max({in.dim, in.q_width, in.ffn}))) {}
+        input_(OwnInputs()) {}
 
   void Run() {
     Norm(weights_.attention_norm);
@@ -71,7 +71,8 @@ class Layer {
   }
 
  protected:  // tools/bench/phases.cc times them one by one
-  Matrix Of(const Stored &weight, int64_t k) const { return {weight, k, static_cast<int64_t>(step_.settings[2])}; }
+  int64_t group_size() const { return static_cast<int64_t>(step_.settings[2]); }
+  Matrix Of(const Stored &weight, int64_t k) const { return {weight, k, group_size()}; }
 
   template <int kIndex>
   static float *Buffer(int64_t count) {
@@ -79,27 +80,29 @@ class Layer {
     return Scratch(buffer, count);
   }
 
-  static T *InputBuffer(int64_t count) {
-    static thread_local std::vector<T> buffer;
-    return Scratch(buffer, count);
+  static Inputs &OwnInputs() {
+    static thread_local Inputs inputs;
+    return inputs;
   }
 
   // Rows of x, normed, become the input of the next product.
   void Norm(const float *weight) {
+    input_.Reset(rows_, in_.dim, group_size());
     pool_.For(rows_, 16, [&](int64_t begin, int64_t end) {
       static thread_local std::vector<float> buffer;
       float *normed = Scratch(buffer, in_.dim);
       for (int64_t r = begin; r < end; ++r) {
         RmsNorm(x_ + r * in_.dim, weight, step_.settings[0], in_.dim, normed);
-        Convert(normed, input_ + r * in_.dim, in_.dim);
+        input_.Put(r, normed);
       }
     });
   }
 
   // The first `width` floats of rows that are `stride` apart become the input of the next product.
   void Take(const float *x, int64_t stride, int64_t width) {
+    input_.Reset(rows_, width, group_size());
     pool_.For(rows_, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) Convert(x + r * stride, input_ + r * width, width);
+      for (int64_t r = begin; r < end; ++r) input_.Put(r, x + r * stride);
     });
   }
 
@@ -189,7 +192,7 @@ class Layer {
   float *x_;
   int64_t rows_, group_;
   float *q_, *k_, *mixed_, *gated_;
-  T *input_;
+  Inputs &input_;
 };
 
 }  // namespace llama31

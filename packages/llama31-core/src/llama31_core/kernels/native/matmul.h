@@ -22,6 +22,37 @@ struct Stored {
   const float *scales, *biases;
 };
 
+// What a tile goes through of the columns: all of them, or one of the parts that K is cut into. What lies `ahead` columns
+// behind is fetched meanwhile; 0 for nothing.
+struct Columns {
+  int64_t begin, end;
+  bool is_first, is_last;
+  int64_t ahead;
+};
+
+// Rows of x, k numbers each, wherever they are.
+template <typename T>
+struct PlainView {
+  const T *data;
+  int64_t k;
+
+  const T *row(int64_t m) const { return data + m * k; }
+};
+
+// Rows of x that are written one by one, as the product takes them.
+template <typename T>
+class PlainInputs {
+ public:
+  void Reset(int64_t rows, int64_t k, int64_t) { data_ = Scratch(buffer_, rows * k), k_ = k; }
+  void Put(int64_t m, const float *x) { Convert(x, data_ + m * k_, k_); }
+  PlainView<T> view() const { return {data_, k_}; }
+
+ private:
+  std::vector<T> buffer_;
+  T *data_ = nullptr;
+  int64_t k_ = 0;
+};
+
 // Four rows of a weight as they are, wherever they lie. How `Tile` sees rows: columns come in groups, for each of which
 // it keeps what Begin gives.
 template <typename T>
@@ -39,71 +70,96 @@ struct PlainRows {
   }
 };
 
-// MR rows of x, `x_stride` apart, times four rows. What lies `ahead` columns behind those is fetched meanwhile; 0 for
-// nothing.
+// Rows that were written out and lie in the cache.
+template <typename T>
+struct WidenedRows : PlainRows<T> {
+  void Fetch(int, int64_t, int64_t) const {}
+};
+
+constexpr int kTileRows = kLanes == 16 ? 6 : 3;  // of x: sums of as many rows times four stay in registers
+
+// The lanes' sums of MR rows of x times four, out of `carried`, (MR, 4), where there are parts before, and back to it
+// where there are parts behind; else added up to `out`.
+template <int MR>
+ALWAYS_INLINE void Finish(const Vector (&sums)[MR][4], const Columns &columns, float *carried, __m128 *out) {
+  for (int i = 0; i < MR; ++i) {
+    if (columns.is_last) {
+      out[i] = SumEach(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+    } else {
+      for (int j = 0; j < 4; ++j) Store(carried + (i * 4 + j) * kLanes, sums[i][j]);
+    }
+  }
+}
+
+// MR rows of x, from `m` on, times four rows.
 template <int MR, typename T, typename Rows>
-inline void Tile(const T *x, int64_t x_stride, const Rows &rows, int64_t k, int64_t ahead, __m128 *out) {
+inline void Tile(const PlainView<T> &x, int64_t m, const Rows &rows, const Columns &columns, float *carried,
+                 __m128 *out) {
   using L = Lanes<T>;
   Vector sums[MR][4];
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < 4; ++j) sums[i][j] = Zero();
-  // Sums stay in registers only where this is inlined, which GCC leaves to chance in large sources.
+    for (int j = 0; j < 4; ++j) sums[i][j] = columns.is_first ? Zero() : Load(carried + (i * 4 + j) * kLanes);
+  const T *first = x.row(m);
   const auto add = [&](int64_t at, const auto &load_row, const auto &load_x) __attribute__((always_inline)) {
-    decltype(load_row(0)) ws[4];
-    for (int j = 0; j < 4; ++j) ws[j] = load_row(j);
-    for (int i = 0; i < MR; ++i) {
-      const auto xi = load_x(x + i * x_stride + at);
-      for (int j = 0; j < 4; ++j) sums[i][j] = L::Accumulate(sums[i][j], xi, ws[j]);
+    decltype(load_x(first)) xs[MR];
+    for (int i = 0; i < MR; ++i) xs[i] = load_x(first + i * x.k + at);
+    for (int j = 0; j < 4; ++j) {
+      const auto w = load_row(j);
+      for (int i = 0; i < MR; ++i) sums[i][j] = L::Accumulate(sums[i][j], xs[i], w);
     }
   };
-  int64_t at = 0;
-  while (at + L::kStep <= k) {
+  int64_t at = columns.begin;
+  while (at + L::kStep <= columns.end) {
     typename Rows::Group groups[4];
     for (int j = 0; j < 4; ++j) groups[j] = rows.Begin(j, at);
-    const int64_t end = std::min(k, at + rows.group(k));
+    const int64_t size = rows.group(x.k), end = std::min(columns.end, at - at % size + size);
     for (; at + L::kStep <= end; at += L::kStep) {
-      if (ahead > 0) {
-        for (int j = 0; j < 4; ++j) rows.Fetch(j, at, ahead);
+      if (columns.ahead > 0) {
+        for (int j = 0; j < 4; ++j) rows.Fetch(j, at, columns.ahead);
       }
       add(at, [&](int j) { return rows.Load(j, at, groups[j]); }, [](const T *p) { return L::Load(p); });
     }
   }
-  if (at < k) {
-    const int rest = static_cast<int>(k - at);
+  if (at < columns.end) {
+    const int rest = static_cast<int>(columns.end - at);
     add(at, [&](int j) { return rows.Load(j, at, rest); }, [&](const T *p) { return L::Load(p, rest); });
   }
-  for (int i = 0; i < MR; ++i) out[i] = SumEach(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+  Finish(sums, columns, carried, out);
 }
-
-constexpr int kTileRows = kLanes == 16 ? 6 : 3;  // of x: sums of as many rows times four stay in registers
 
 // Any number of rows of x up to MR.
-template <int MR = kTileRows, typename T, typename Rows>
-inline void TileOf(int64_t m_rows, const T *x, int64_t x_stride, const Rows &rows, int64_t k, int64_t ahead,
+template <int MR, typename View, typename Rows>
+inline void TileOf(int64_t count, const View &x, int64_t m, const Rows &rows, const Columns &columns, float *carried,
                    __m128 *out) {
   if constexpr (MR > 1) {
-    if (m_rows < MR) return TileOf<MR - 1>(m_rows, x, x_stride, rows, k, ahead, out);
+    if (count < MR) return TileOf<MR - 1>(count, x, m, rows, columns, carried, out);
   }
-  Tile<MR>(x, x_stride, rows, k, ahead, out);
+  Tile<MR>(x, m, rows, columns, carried, out);
 }
+
+constexpr int64_t kPartBytes = 3 * 1024;     // of a row: four of the weight and those of a tile stay in the first-level cache
+constexpr int64_t kPanelBytes = 256 * 1024;  // of x: stay in the second-level cache
 
 // A matrix (N, K) as checkpoints hold it.
 template <typename T>
 class PlainMatrix {
  public:
-  using Input = Factor<T>;
+  using Element = Factor<T>;
+  using Inputs = PlainInputs<Element>;
+  static constexpr int kRows = kTileRows;  // of x in a tile
 
   PlainMatrix(const Stored &stored, int64_t k, int64_t) : data_(static_cast<const T *>(stored.data)), k_(k) {}
 
   int64_t k() const { return k_; }
+  int64_t part_unit() const { return Lanes<Element>::kStep; }  // parts of K are multiples of it
 
   // use(rows) with the four rows from n on; beyond the last one, the last one again: computed and not stored.
   template <typename Use>
-  void WithRows(int64_t n, int64_t n_end, bool is_used_often, const Use &use) const {
+  void WithRows(int64_t n, int64_t n_end, const Columns &columns, bool is_used_often, const Use &use) const {
     PlainRows<T> rows{};
     for (int j = 0; j < 4; ++j) rows.data[j] = data_ + std::min<int64_t>(n + j, n_end - 1) * k_;
-    if constexpr (!std::is_same_v<T, Input>) {
-      if (is_used_often) return WithWidened(rows, use);
+    if constexpr (!std::is_same_v<T, Element>) {
+      if (is_used_often) return WithWidened(rows, columns, use);
     }
     use(rows);
   }
@@ -113,12 +169,13 @@ class PlainMatrix {
 
  private:
   template <typename Use>
-  void WithWidened(const PlainRows<T> &rows, const Use &use) const {
-    static thread_local std::vector<Input> buffer;
-    Input *to = Scratch(buffer, 4 * k_);
-    PlainRows<Input> widened{};
+  void WithWidened(const PlainRows<T> &rows, const Columns &columns, const Use &use) const {
+    static thread_local std::vector<Element> buffer;
+    Element *to = Scratch(buffer, 4 * k_);
+    WidenedRows<Element> widened{};
     for (int j = 0; j < 4; ++j, to += k_) {
-      Widen(rows.data[j], to, k_);
+      for (int64_t at = columns.begin; at < columns.end; at += 64 / sizeof(T)) rows.Fetch(j, at, 4 * k_);
+      Widen(rows.data[j] + columns.begin, to + columns.begin, columns.end - columns.begin);
       widened.data[j] = to;
     }
     use(widened);
@@ -129,25 +186,51 @@ class PlainMatrix {
 };
 
 // Rows [n_begin, n_end) of W against all M rows of x; store(m, n, four values, mask of those that exist).
+//
+// Many rows of x go through a weight in panels, and K in parts, so that what is used again is in a cache.
 template <typename Matrix, typename Store>
-void MatmulRows(const typename Matrix::Input *x, const Matrix &w, int64_t m_rows, int64_t n_begin, int64_t n_end,
+void MatmulRows(const typename Matrix::Inputs &inputs, const Matrix &w, int64_t m_rows, int64_t n_begin, int64_t n_end,
                 const Store &store) {
-  const int64_t k = w.k(), row_bytes = k * static_cast<int64_t>(sizeof(typename Matrix::Input));
-  // So many rows of x at a time stay in the second-level cache.
-  const int64_t panel = std::max<int64_t>(1, (256 * 1024) / (row_bytes * kTileRows)) * kTileRows;
+  constexpr int kRows = Matrix::kRows;
+  constexpr int64_t kBlock = 32;  // rows of W of which sums are carried from part to part
+  const auto x = inputs.view();
+  const int64_t k = w.k();
+  // Parts of nearly one size, none above `most` by more than a unit.
+  const auto cut = [](int64_t count, int64_t most, int64_t unit) {
+    const int64_t parts = (count + most - 1) / most, size = (count + parts - 1) / parts;
+    return (size + unit - 1) / unit * unit;
+  };
+  const bool is_used_often = m_rows > 2 * kRows;
+  constexpr int64_t kBytes = sizeof(typename Matrix::Element);
+  const bool is_cut = m_rows * k * kBytes > kPanelBytes && k * kBytes > kPartBytes;
+  const int64_t part = is_cut ? cut(k, kPartBytes / kBytes, w.part_unit()) : k;
+  const int64_t panel_most = std::max<int64_t>(kRows, kPanelBytes / (part * kBytes));
+  const int64_t panel = cut(m_rows, panel_most, kRows);
+  static thread_local std::vector<float> buffer;
+  float *sums = Scratch(buffer, part < k ? kBlock * panel * kLanes : 0);
   for (int64_t m_begin = 0; m_begin < m_rows; m_begin += panel) {
     const int64_t m_end = std::min(m_rows, m_begin + panel);
-    for (int64_t n = n_begin; n < n_end; n += 4) {
-      const FourMask kept = FirstOfFour(n_end - n);
-      w.WithRows(n, n_end, m_end - m_begin > kTileRows, [&](const auto &rows) {
-        for (int64_t m = m_begin; m < m_end; m += kTileRows) {
-          const int64_t tile_rows = std::min<int64_t>(kTileRows, m_end - m);
-          __m128 sums[kTileRows];
-          const int64_t ahead = m == m_begin ? 4 * k : 0;  // the first tile waits for memory: it asks for the next rows
-          TileOf(tile_rows, x + m * k, k, rows, k, ahead, sums);
-          for (int64_t i = 0; i < tile_rows; ++i) store(m + i, n, sums[i], kept);
+    const int64_t block = part < k ? kBlock : n_end - n_begin;
+    for (int64_t block_begin = n_begin; block_begin < n_end; block_begin += block) {
+      const int64_t block_end = std::min(n_end, block_begin + block);
+      for (int64_t begin = 0; begin < k; begin += part) {
+        Columns columns{begin, std::min(k, begin + part), begin == 0, begin + part >= k, 0};
+        for (int64_t n = block_begin; n < block_end; n += 4) {
+          const FourMask kept = FirstOfFour(n_end - n);
+          w.WithRows(n, n_end, columns, is_used_often, [&](const auto &rows) {
+            int64_t tiles = (m_end - m_begin + kRows - 1) / kRows;
+            columns.ahead = 4 * k;  // the first tile waits for memory: it asks for the next rows
+            for (int64_t m = m_begin, count; m < m_end; m += count, --tiles, columns.ahead = 0) {
+              count = (m_end - m + tiles - 1) / tiles;  // all tiles are nearly as high
+              float *carried = sums + ((n - block_begin) * panel + (m - m_begin) * 4) * kLanes;
+              __m128 out[kRows];
+              TileOf<kRows>(count, x, m, rows, columns, carried, out);
+              if (!columns.is_last) continue;
+              for (int64_t i = 0; i < count; ++i) store(m + i, n, out[i], kept);
+            }
+          });
         }
-      });
+      }
     }
   }
 }

@@ -26,8 +26,6 @@ struct ModelInputs {
 // Matrix: the kind that the layers have; Table: that of embedding and head.
 template <typename Matrix, typename Table>
 class Model {
-  using T = typename Table::Input;
-
  public:
   explicit Model(const ModelInputs &in) : in_(in), rows_(in.shapes.batch * in.shapes.tokens) {}
 
@@ -42,12 +40,18 @@ class Model {
   }
 
  protected:  // as in Layer
-  Table Of(const Stored &table) const { return {table, in_.shapes.dim, static_cast<int64_t>(in_.settings[2])}; }
+  int64_t group_size() const { return static_cast<int64_t>(in_.settings[2]); }
+  Table Of(const Stored &table) const { return {table, in_.shapes.dim, group_size()}; }
 
   template <int kIndex>
   static float *Buffer(int64_t count) {
     static thread_local std::vector<float> buffer;
     return Scratch(buffer, count);
+  }
+
+  static typename Table::Inputs &OwnInputs() {
+    static thread_local typename Table::Inputs inputs;
+    return inputs;
   }
 
   // Rows of the embedding as float32. Ids are checked by the engine.
@@ -71,13 +75,13 @@ class Model {
 
   // The last norm and the product with the head, of the wanted rows alone.
   void Head(const float *x, float *logits) {
-    static thread_local std::vector<T> input_buffer;
+    typename Table::Inputs &input = OwnInputs();
     const int64_t dim = in_.shapes.dim, count = in_.wanted_rows, vocabulary = in_.vocabulary;
-    T *input = Scratch(input_buffer, count * dim);
+    input.Reset(count, dim, group_size());
     float *normed = Buffer<1>(dim);
     for (int64_t r = 0; r < count; ++r) {
       RmsNorm(x + in_.wanted[r] * dim, in_.norm_out, in_.settings[0], dim, normed);
-      Convert(normed, input + r * dim, dim);
+      input.Put(r, normed);
     }
     const Table head = Of(in_.head);
     ForWeightRows(vocabulary, [&](int64_t begin, int64_t end) {

@@ -1,8 +1,8 @@
 // Rows of weights of 8 or 4 bits, groups of columns with a scale and a bias each: weight = q * scale + bias.
 //
 // Where bfloat16 is multiplied, weights are rounded to it on the way into the product, so that it gives the bits which a
-// checkpoint of the same weights in bfloat16 gives, whether a row is widened in registers or written out first. Else they
-// are float32 there, not rounded.
+// checkpoint of the same weights in bfloat16 gives, whether a row is widened in registers or written out first. Else
+// whole numbers are multiplied (quantized_integers.h).
 #pragma once
 
 #include <algorithm>
@@ -14,12 +14,13 @@
 #include "numbers.h"
 #include "rows.h"
 
+#ifndef __AVX512BF16__
+#include "quantized_integers.h"
+#else
+
 namespace llama31 {
 
-using Weight = Factor<Bf16>;                    // what a row is widened to
-constexpr int64_t kSteps = Lanes<Weight>::kStep;  // columns that one load widens; groups are multiples of it
-
-#ifdef __AVX512BF16__
+constexpr int64_t kSteps = Lanes<Bf16>::kStep;  // columns that one load widens; groups are multiples of it
 
 // 8 bits: (N, K) of int8.
 struct Bits8 {
@@ -62,45 +63,6 @@ struct Bits4 {
   }
 };
 
-inline void Write(Bf16 *to, __m512i widened) { _mm512_storeu_si512(to, widened); }
-
-#else
-
-struct ScaleAndBias {
-  Vector scale, bias;
-};
-
-struct Bits8 {
-  static constexpr int64_t kPerByte = 1;
-  using Group = ScaleAndBias;
-
-  static Group Begin(float scale, float bias) { return {Fill(scale), Fill(bias)}; }
-
-  static Vector Load(const uint8_t *p, const Group &group) {
-    const __m256i q = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
-    return MultiplyAdd(_mm256_cvtepi32_ps(q), group.scale, group.bias);
-  }
-};
-
-struct Bits4 {
-  static constexpr int64_t kPerByte = 2;
-  using Group = ScaleAndBias;
-
-  static Group Begin(float scale, float bias) { return {Fill(scale), Fill(bias)}; }
-
-  static Vector Load(const uint8_t *p, const Group &group) {
-    int32_t eight;
-    std::memcpy(&eight, p, sizeof(eight));
-    const __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
-    const __m256i q = _mm256_and_si256(shifted, _mm256_set1_epi32(0xf));
-    return MultiplyAdd(_mm256_cvtepi32_ps(q), group.scale, group.bias);
-  }
-};
-
-inline void Write(float *to, Vector widened) { Store(to, widened); }
-
-#endif
-
 // Four rows, for `Tile`.
 template <typename Bits>
 struct QuantizedRows {
@@ -125,23 +87,26 @@ struct QuantizedRows {
 template <typename Bits>
 class QuantizedMatrix {
  public:
-  using Input = Weight;
+  using Element = Bf16;
+  using Inputs = PlainInputs<Bf16>;
+  static constexpr int kRows = kTileRows;
 
   QuantizedMatrix(const Stored &stored, int64_t k, int64_t group_size)
       : stored_(stored), k_(k), group_size_(group_size), groups_((k + group_size - 1) / group_size) {}
 
   int64_t k() const { return k_; }
+  int64_t part_unit() const { return group_size_; }
 
   // use(rows) with the four rows from n on; beyond the last one, the last one again.
   template <typename Use>
-  void WithRows(int64_t n, int64_t n_end, bool is_used_often, const Use &use) const {
+  void WithRows(int64_t n, int64_t n_end, const Columns &columns, bool is_used_often, const Use &use) const {
     const QuantizedRows<Bits> rows = RowsAt(n, n_end);
     if (!is_used_often) return use(rows);
-    static thread_local std::vector<Weight> buffer;
-    Weight *to = Scratch(buffer, 4 * k_);
-    PlainRows<Weight> widened{};
+    static thread_local std::vector<Bf16> buffer;
+    Bf16 *to = Scratch(buffer, 4 * k_);
+    WidenedRows<Bf16> widened{};
     for (int j = 0; j < 4; ++j, to += k_) {
-      Expand(rows, j, to);
+      Expand(rows, j, columns.begin, columns.end, to);
       widened.data[j] = to;
     }
     use(widened);
@@ -149,9 +114,9 @@ class QuantizedMatrix {
 
   // One row as float32.
   void Row(int64_t n, float *to) const {
-    static thread_local std::vector<Weight> buffer;
-    Weight *row = Scratch(buffer, k_);
-    Expand(RowsAt(n, n + 1), 0, row);
+    static thread_local std::vector<Bf16> buffer;
+    Bf16 *row = Scratch(buffer, k_);
+    Expand(RowsAt(n, n + 1), 0, 0, k_, row);
     Widen(row, to, k_);
   }
 
@@ -166,11 +131,12 @@ class QuantizedMatrix {
     return rows;
   }
 
-  void Expand(const QuantizedRows<Bits> &rows, int j, Weight *to) const {
-    for (int64_t begin = 0; begin < k_; begin += group_size_) {
-      const auto group = rows.Begin(j, begin);
-      for (int64_t at = begin; at < std::min(k_, begin + group_size_); at += kSteps) {
-        Write(to + at, rows.Load(j, at, group));
+  // Columns [begin, end), of which the first begins a group.
+  void Expand(const QuantizedRows<Bits> &rows, int j, int64_t begin, int64_t end, Bf16 *to) const {
+    for (int64_t at = begin; at < end;) {
+      const auto group = rows.Begin(j, at);
+      for (const int64_t last = std::min(end, at + group_size_); at < last; at += kSteps) {
+        _mm512_storeu_si512(to + at, rows.Load(j, at, group));
       }
     }
   }
@@ -180,3 +146,5 @@ class QuantizedMatrix {
 };
 
 }  // namespace llama31
+
+#endif

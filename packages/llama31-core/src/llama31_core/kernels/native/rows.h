@@ -17,7 +17,7 @@ T *Scratch(std::vector<T> &buffer, int64_t count) {
   return buffer.data();
 }
 
-inline Vector Exp(Vector x) {  // 2^n * polynomial, relative error under 2e-7 (Cephes expf)
+ALWAYS_INLINE Vector Exp(Vector x) {  // 2^n * polynomial, relative error under 2e-7 (Cephes expf)
   x = Max(Min(x, Fill(88.3f)), Fill(-87.3f));
   const Vector n = RoundToEven(x * Fill(1.44269504f));
   Vector r = NegativeMultiplyAdd(n, Fill(0.693359375f), x);

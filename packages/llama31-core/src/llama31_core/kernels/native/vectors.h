@@ -7,6 +7,9 @@
 
 #include <immintrin.h>
 
+// What keeps vectors in registers only where it is inlined, which GCC leaves to chance in large sources.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace llama31 {
 
 #ifdef __AVX512F__
@@ -122,7 +125,10 @@ inline FourMask FirstOfFour(int64_t count) {
   return _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(std::min<int64_t>(4, count))), _mm_setr_epi32(0, 1, 2, 3));
 }
 inline __m128 LoadFour(const float *p, FourMask mask) { return _mm_maskload_ps(p, mask); }
-inline void StoreFour(float *p, FourMask mask, __m128 v) { _mm_maskstore_ps(p, mask, v); }
+inline void StoreFour(float *p, FourMask mask, __m128 v) {
+  if (_mm_testc_si128(mask, _mm_set1_epi32(-1))) return _mm_storeu_ps(p, v);  // a masked store takes many cycles
+  _mm_maskstore_ps(p, mask, v);
+}
 
 #endif
 
