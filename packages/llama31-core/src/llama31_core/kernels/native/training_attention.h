@@ -45,7 +45,11 @@ class TrainingAttention {
   }
 
  private:
-  static constexpr int64_t kTile = 64;
+  // Queries of a tile: as many as have their weights and slopes in the second-level cache.
+  int64_t tile_rows() const {
+    const int64_t fit = 384 * 1024 / (2 * static_cast<int64_t>(sizeof(float)) * padded());
+    return std::clamp<int64_t>((fit + 3) / 6 * 6, 12, 60);
+  }
 
   struct Tile {
     int64_t first, count, key, num_keys;  // queries; keys from a multiple of 16 on
@@ -56,7 +60,6 @@ class TrainingAttention {
   int64_t q_row() const { return heads * width; }
   int64_t kv_row() const { return kv_heads * width; }
   int64_t padded() const { return (tokens + 15) / 16 * 16; }
-  int64_t key_row() const { return Odd(padded()); }  // of transposed keys and values
   // An odd number of cache lines: rows a power of two apart would share one set of the cache.
   static int64_t Odd(int64_t count) { return count / 16 % 2 == 0 ? count + 16 : count; }
   const float *QueryOf(const float *x, int64_t b, int64_t h) const { return x + b * tokens * q_row() + h * width; }
@@ -67,7 +70,7 @@ class TrainingAttention {
   Tile TileAt(int64_t b, int64_t first) const {
     Tile tile;
     tile.first = first;
-    tile.count = std::min(kTile, tokens - first);
+    tile.count = std::min(tile_rows(), tokens - first);
     tile.key = starts[b * tokens + first] / 16 * 16;
     tile.num_keys = first + tile.count - tile.key;
     tile.columns = (tile.num_keys + 15) / 16 * 16;
@@ -75,17 +78,19 @@ class TrainingAttention {
     return tile;
   }
 
-  // (D, T) with zeros behind the last token.
+  // Panels of 16 tokens, (T / 16, D, 16), with zeros behind the last token.
   void Transpose(const float *rows, float *out) const {
     for (int64_t t = 0; t < padded(); ++t) {
-      for (int64_t d = 0; d < width; ++d) out[d * key_row() + t] = t < tokens ? rows[t * kv_row() + d] : 0.0f;
+      float *to = out + t / 16 * panel() + t % 16;
+      for (int64_t d = 0; d < width; ++d) to[d * 16] = t < tokens ? rows[t * kv_row() + d] : 0.0f;
     }
   }
+  int64_t panel() const { return 16 * width; }
 
   // Softmax of the scores of a tile, (count, row); zero for a key that is not seen.
   void Weights(int64_t b, const Tile &tile, const float *query, const float *keys_t, float *p) const {
-    Gemm{query + tile.first * q_row(), q_row(), 1, keys_t + tile.key, key_row(), p, tile.row, tile.count, tile.columns,
-         width, false}.Run();
+    Gemm{query + tile.first * q_row(), q_row(), 1, keys_t + tile.key * width, 16, panel(), p, tile.row, tile.count,
+         tile.columns, width, false}.Run();
     const Vector scale = Fill(1.0f / std::sqrt(static_cast<float>(width))), hidden = Fill(-1e30f);
     for (int64_t r = 0; r < tile.count; ++r) {
       float *row = p + r * tile.row;
@@ -114,15 +119,15 @@ class TrainingAttention {
 
   void ForwardHead(int64_t b, int64_t h, float *out) const {
     thread_local std::vector<float> keys, scores;
-    float *keys_t = Scratch(keys, width * key_row());
+    float *keys_t = Scratch(keys, width * padded());
     Transpose(KeyOf(k, b, h), keys_t);
     const float *values = KeyOf(v, b, h);
     float *to = out + b * tokens * q_row() + h * width;
-    for (int64_t first = 0; first < tokens; first += kTile) {
+    for (int64_t first = 0; first < tokens; first += tile_rows()) {
       const Tile tile = TileAt(b, first);
-      float *p = Scratch(scores, kTile * tile.row);
+      float *p = Scratch(scores, tile_rows() * tile.row);
       Weights(b, tile, QueryOf(q, b, h), keys_t, p);
-      Gemm{p, tile.row, 1, values + tile.key * kv_row(), kv_row(), to + first * q_row(), q_row(), tile.count, width,
+      Gemm{p, tile.row, 1, values + tile.key * kv_row(), kv_row(), 16, to + first * q_row(), q_row(), tile.count, width,
            tile.num_keys, false}.Run();
     }
   }
@@ -130,7 +135,7 @@ class TrainingAttention {
   void BackwardHead(int64_t b, int64_t h, const float *out, const float *d_out, float *d_q, float *d_k,
                     float *d_v) const {
     thread_local std::vector<float> keys, values, scores, slopes;
-    float *keys_t = Scratch(keys, width * key_row()), *values_t = Scratch(values, width * key_row());
+    float *keys_t = Scratch(keys, width * padded()), *values_t = Scratch(values, width * padded());
     const float *query = QueryOf(q, b, h), *key = KeyOf(k, b, h);
     const float *own_out = QueryOf(out, b, h), *own_d_out = QueryOf(d_out, b, h);
     float *own_d_q = d_q + b * tokens * q_row() + h * width;
@@ -138,20 +143,21 @@ class TrainingAttention {
     Transpose(KeyOf(v, b, h), values_t);
     std::fill(d_k, d_k + tokens * width, 0.0f);
     std::fill(d_v, d_v + tokens * width, 0.0f);
-    for (int64_t first = 0; first < tokens; first += kTile) {
+    for (int64_t first = 0; first < tokens; first += tile_rows()) {
       const Tile tile = TileAt(b, first);
-      float *p = Scratch(scores, kTile * tile.row), *d_s = Scratch(slopes, kTile * tile.row);
+      float *p = Scratch(scores, tile_rows() * tile.row), *d_s = Scratch(slopes, tile_rows() * tile.row);
       Weights(b, tile, query, keys_t, p);
       const float *d_o = own_d_out + first * q_row();
-      Gemm{d_o, q_row(), 1, values_t + tile.key, key_row(), d_s, tile.row, tile.count, tile.columns, width, false}
-          .Run();
+      Gemm{d_o, q_row(), 1, values_t + tile.key * width, 16, panel(), d_s, tile.row, tile.count, tile.columns, width,
+           false}.Run();
       for (int64_t r = 0; r < tile.count; ++r) {
         Slopes(p + r * tile.row, tile.columns, own_out + (first + r) * q_row(), d_o + r * q_row(), d_s + r * tile.row);
       }
-      Gemm{d_s, tile.row, 1, key + tile.key * kv_row(), kv_row(), own_d_q + first * q_row(), q_row(), tile.count, width,
-           tile.num_keys, false}.Run();
-      Gemm{p, 1, tile.row, d_o, q_row(), d_v + tile.key * width, width, tile.num_keys, width, tile.count, true}.Run();
-      Gemm{d_s, 1, tile.row, query + first * q_row(), q_row(), d_k + tile.key * width, width, tile.num_keys, width,
+      Gemm{d_s, tile.row, 1, key + tile.key * kv_row(), kv_row(), 16, own_d_q + first * q_row(), q_row(), tile.count,
+           width, tile.num_keys, false}.Run();
+      Gemm{p, 1, tile.row, d_o, q_row(), 16, d_v + tile.key * width, width, tile.num_keys, width, tile.count, true}
+          .Run();
+      Gemm{d_s, 1, tile.row, query + first * q_row(), q_row(), 16, d_k + tile.key * width, width, tile.num_keys, width,
            tile.count, true}.Run();
     }
   }
