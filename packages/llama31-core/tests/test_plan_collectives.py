@@ -81,8 +81,8 @@ def transport(monkeypatch: pytest.MonkeyPatch) -> CountingTransport:
     counting = CountingTransport()
     ms.set_context(mode=ms.GRAPH_MODE)
     monkeypatch.setattr(groups, "_name", lambda members: f"ranks {members}")
-    monkeypatch.setattr(gradients, "transport", lambda: counting)
-    monkeypatch.setattr(zero, "transport", lambda: counting)
+    monkeypatch.setattr(gradients, "eager_transport", lambda group: counting)
+    monkeypatch.setattr(zero, "eager_transport", lambda group: counting)
     return counting
 
 

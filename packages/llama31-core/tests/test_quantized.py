@@ -168,7 +168,7 @@ def test_models_on_both_cpu_kernels(
 def test_long_rows_and_groups_on_both_cpu_kernels(
     tmp_path: Path, random_weights: Callable[..., Weights], monkeypatch: pytest.MonkeyPatch, bits: Any, group_size: int
 ) -> None:
-    """2,080 columns of 100 rows are cut into parts, those of 25 rows are not: the same bits. A group may be a whole row."""
+    """2,080 columns of 100 rows are cut into parts, of 25 rows not: the same bits. A group may be a whole row."""
     if not native_kernels_here():
         pytest.skip("no native kernels on this machine")
     quantization = Quantization(bits=bits, group_size=group_size)

@@ -29,3 +29,7 @@ class SamplingError(Llama31Error):
 
 class DatasetError(Llama31Error):
     """Training data that is missing, damaged or made for another model."""
+
+
+class RankLostError(Llama31Error):
+    """Another rank of the job has ended."""

@@ -10,6 +10,7 @@ from mindspore import Tensor
 
 from llama31_core.parallel.gradient_plan import GradientPlan
 from llama31_core.parallel.groups import Group, Groups
+from llama31_core.parallel.shared_memory import eager_transport
 from llama31_core.parallel.transport import transport
 
 _HALF = 4096.0
@@ -39,7 +40,7 @@ class MeshReduction:
                 continue
             gradient = self.scatter(name, gradients[name])
             if not plan.is_scattered and not self._dp.is_alone:
-                gradient = transport().all_reduce(self._dp)(gradient)
+                gradient = eager_transport(self._dp).all_reduce(self._dp)(gradient)
             sums[name] = self._sum_within(gradient, plan)
         return sums
 
@@ -48,7 +49,7 @@ class MeshReduction:
         plan = self._plans[name]
         if not plan.is_scattered or gradient.shape == plan.shape:
             return gradient
-        return transport().reduce_scatter(self._dp)(gradient)
+        return eager_transport(self._dp).reduce_scatter(self._dp)(gradient)
 
     def _sum_within(self, gradient: Tensor, plan: GradientPlan) -> Tensor:
         """Over ranks that hold the same weight, or a copy, and did other work with it."""
@@ -61,7 +62,7 @@ class MeshReduction:
             wanted.append(self._groups.ends())
         for group in wanted:
             if not group.is_alone:
-                gradient = transport().all_reduce(group)(gradient)
+                gradient = eager_transport(group).all_reduce(group)(gradient)
         return gradient
 
     def sum_squares(self, value: float) -> float:

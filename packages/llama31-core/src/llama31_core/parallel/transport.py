@@ -21,20 +21,24 @@ Move = Callable[[Tensor], Tensor]
 _zeros_like = ops.ZerosLike()
 
 
-class Transport(Protocol):
-    """Operations over a group of more than one rank. All members call them in the same order with the same shapes."""
+class EagerTransport(Protocol):
+    """What is sent outside graphs: gradients and weights. All members call in the same order with the same shapes."""
 
     def all_reduce(self, group: Group) -> Move:
         """The sum of all ranks' tensors."""
-
-    def all_reduce_max(self, group: Group) -> Move:
-        """The elementwise maximum of all ranks' tensors."""
 
     def all_gather(self, group: Group) -> Move:
         """All ranks' tensors one after the other along the first axis."""
 
     def reduce_scatter(self, group: Group) -> Move:
         """The rank's part, along the first axis, of the sum of all ranks' tensors."""
+
+
+class Transport(EagerTransport, Protocol):
+    """Operations over a group of more than one rank. All members call them in the same order with the same shapes."""
+
+    def all_reduce_max(self, group: Group) -> Move:
+        """The elementwise maximum of all ranks' tensors."""
 
     def broadcast(self, group: Group, root: int) -> Move:
         """The tensor of the member with index `root`."""

@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor
 from llama31_core.parallel.gradient_plan import GradientPlan
 from llama31_core.parallel.groups import Groups
 from llama31_core.parallel.layout import ParameterShard
-from llama31_core.parallel.transport import transport
+from llama31_core.parallel.shared_memory import eager_transport
 from llama31_core.training.optim import AdamW
 from llama31_core.training.weights import TrainedWeights, layer_name
 
@@ -109,4 +109,4 @@ class MeshAdamW(AdamW):
         super().step(gradients, learning_rate, scale)
         for name in self._own.split:
             if self._own.is_trained(name):
-                self._all.replace(name, transport().all_gather(self._dp)(self._own.rows(name)))
+                self._all.replace(name, eager_transport(self._dp).all_gather(self._dp)(self._own.rows(name)))
