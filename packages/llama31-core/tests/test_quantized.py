@@ -18,6 +18,7 @@ from mindspore import Tensor
 
 from llama31_core import kernels
 from llama31_core.checkpoint import check_weights, open_weights, parameter_shapes, save_weights
+from llama31_core.checkpoint.names import NORM_OUT
 from llama31_core.checkpoint.quantized import (
     DequantizedWeights,
     bits_of,
@@ -182,6 +183,17 @@ def test_long_rows_and_groups_on_both_cpu_kernels(
     monkeypatch.setattr("llama31_core.inference.runner.native_kernels_here", lambda: False)
     expected = prefill(runner_of(path), prompts).reshape(together.shape)
     assert np.abs(together - expected).max() < _kernel_error() * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(tmp_path: Path, random_weights: Callable[..., Weights], value: float) -> None:
+    if not native_kernels_here():
+        pytest.skip("no native kernels on this machine")
+    config = config_of(4)
+    weights = random_weights(config)
+    weights[NORM_OUT][3] = value
+    runner = runner_of(save(tmp_path / "few", config, quantized(config, weights)))
+    assert not np.isfinite(prefill(runner, [[1, 2, 3]])).any()
 
 
 def test_a_part_of_the_rows_reads_as_that_part(tmp_path: Path, random_weights: Callable[..., Weights]) -> None:

@@ -102,13 +102,14 @@ class IntegerInputs {
     std::fill(sums_ + m * groups_, sums_ + (m + 1) * groups_, 0.0f);
     for (int64_t s = 0; s < sections_; ++s) {
       const int64_t begin = s * section_, end = std::min(k_, begin + section_);
-      Vector most = Zero();
+      Vector most = Zero(), nothing = Zero();
       for (int64_t i = begin; i < end; i += kLanes) {
         const Vector values = Load(x + i);
         most = Max(most, Max(values, Zero() - values));
+        nothing += values - values;
       }
-      const float largest = MaxOf(most), scale = largest / 32767.0f;
-      const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+      const float scale = MaxOf(most) / 32767.0f + SumOf(nothing);  // no number if one of x is none
+      const float inverse = scale > 1e-37f ? 1.0f / scale : 0.0f;
       __m256i sum = _mm256_setzero_si256();
       for (int64_t i = begin; i < end; i += kStep16) {
         __m256i whole[4];
@@ -133,7 +134,7 @@ class IntegerInputs {
   int64_t k_ = 0, group_size_ = 0, section_ = 0, sections_ = 0, groups_ = 0;
 };
 
-// Four rows of a matrix, as they are stored or, where `widened` is given, as numbers of 16 bits in the order of x.
+// Four rows of a matrix as they are stored.
 template <typename Bits>
 struct QuantizedRows {
   int64_t group_size, groups;
@@ -146,6 +147,7 @@ struct QuantizedRows {
   }
 };
 
+// The same as numbers of 16 bits, in the order of x.
 template <typename Bits>
 struct WidenedNumbers : QuantizedRows<Bits> {
   const int16_t *numbers[4];
