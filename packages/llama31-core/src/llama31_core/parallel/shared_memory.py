@@ -60,13 +60,15 @@ def _share(group: Group) -> mmap.mmap | None:
     if group.index == 0 and platform.machine() == "x86_64":
         with contextlib.suppress(OSError):
             name = _create(_size(group))
-    path = _FOLDER / (exchange_texts(group, name)[0] or "none")
+    name = exchange_texts(group, name)[0]
+    if not name:
+        return None
     memory = None
-    with contextlib.suppress(OSError), path.open("r+b") as file:
+    with contextlib.suppress(OSError), (_FOLDER / name).open("r+b") as file:
         memory = mmap.mmap(file.fileno(), _size(group))
     have_it = all(exchange_texts(group, "" if memory is None else "yes"))
-    if name:
-        path.unlink()
+    if group.index == 0:
+        (_FOLDER / name).unlink()
     return memory if have_it else None
 
 
