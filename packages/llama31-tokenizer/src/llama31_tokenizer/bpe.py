@@ -145,10 +145,12 @@ class BpeCodec:
         """As Hugging Face's BPE does: inside a piece, what has no token is left out (its neighbours may merge)."""
         import regex  # type: ignore[import-untyped]  # a dependency of tiktoken's
 
+        from llama31_tokenizer.unicode_classes import with_stand_ins
+
         ids: list[int] = []
         gap = re.compile(b"([" + re.escape(self._missing) + b"])")
-        for piece in regex.finditer(self._pattern, text):
-            data = piece.group().encode()
+        for piece in regex.finditer(self._pattern, with_stand_ins(text)):
+            data = text[piece.start() : piece.end()].encode()
             kept = [data.translate(None, self._missing)] if self._unknown_id is None else gap.split(data)
             for part in kept:
                 if part and part in self._missing and self._unknown_id is not None:

@@ -8,20 +8,18 @@ with the same expression in the `regex` library, which has no such limit. What l
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 import regex  # type: ignore[import-untyped]
-import tiktoken
 
 from llama31_tokenizer.long_pieces import STEP_CHARS
+from llama31_tokenizer.unicode_classes import with_stand_ins
 
 _CLASSES = (r"\s", r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]")
 _CLASS_RUN = regex.compile("|".join(f"{one}++" for one in _CLASSES))
 # Places where every known pattern ends a piece, whether or not the text goes on there: after letters, after digits,
 # after other characters before a space that is no line end. Searched backwards.
 _CUT = regex.compile(r"(?r)(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p{N}])(?=[^\S\r\n])")
-_STAND_INS = {r"\p{L}": "\u00e9", r"\p{N}": "\u00bd", r"[^\s\p{L}\p{N}]": "\u203b"}
 
 
 def find_long_run(text: str, begin: int, step: int) -> tuple[int, int] | None:
@@ -51,7 +49,7 @@ def encode_around_runs(
     run = find_long_run(text, 0, step)
     if run is None:
         return encode(text)
-    model = _with_stand_ins(text)
+    model = with_stand_ins(text)
     pieces = regex.compile(pattern)
     ids: list[int] = []
     done = 0
@@ -72,29 +70,3 @@ def _pieces_until(pattern: regex.Pattern[str], text: str, start: int, end: int) 
         yield match.span()
         if match.end() >= end:
             return
-
-
-def _with_stand_ins(text: str) -> str:
-    """The text with characters that `regex` and tiktoken class differently (their Unicode versions differ) replaced.
-
-    Each gives way to a character of the class tiktoken sees, so the pieces have the same lengths.
-    """
-    table = {ord(char): stand_in for char in set(text) - _ASCII if (stand_in := _stand_in_of(char)) is not None}
-    return text.translate(table) if table else text
-
-
-_ASCII = frozenset(map(chr, range(128)))
-
-
-@functools.cache
-def _probes() -> dict[str, tiktoken.Encoding]:
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    return {one: tiktoken.Encoding(one, pat_str=one, mergeable_ranks=ranks, special_tokens={}) for one in _STAND_INS}
-
-
-@functools.cache
-def _stand_in_of(char: str) -> str | None:
-    for one, probe in _probes().items():
-        if probe.encode_ordinary(char):
-            return None if regex.match(one, char) else _STAND_INS[one]
-    return None
