@@ -34,7 +34,7 @@ from llama31_core.errors import CheckpointError, ConfigError
 from llama31_core.inference.batch import ForwardInput
 from llama31_core.inference.cache_plan import plan_cache
 from llama31_core.inference.options import EngineOptions
-from llama31_core.inference.runner import GraphRunner, native_kernels_here
+from llama31_core.inference.runner import GraphRunner
 from llama31_core.inference.values import set_value
 from llama31_core.kernels import ascend, portable
 from llama31_core.model import Llama, PagedAttention
@@ -128,14 +128,13 @@ def test_a_group_of_one_value() -> None:
     np.testing.assert_allclose(quantize(weights, 4, 32).dequantize(), weights, rtol=0.01)  # a scale has 8 bits
 
 
+@pytest.mark.usefixtures("native_kernels")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_models_on_both_cpu_kernels(
     tmp_path: Path, random_weights: Callable[..., Weights], monkeypatch: pytest.MonkeyPatch, bits: Any, tied: bool
 ) -> None:
     """Native kernels that multiply bfloat16 give the bits of a checkpoint of these weights in it, all others nearly."""
-    if not native_kernels_here():
-        pytest.skip("no native kernels on this machine")
     config = config_of(bits, tied)
     weights = random_weights(config)
     path = save(tmp_path / "few", config, quantized(config, weights))
@@ -164,14 +163,13 @@ def test_models_on_both_cpu_kernels(
         assert np.abs(slow - logits).max() < _kernel_error() * np.abs(slow).max()
 
 
+@pytest.mark.usefixtures("native_kernels")
 @pytest.mark.parametrize("group_size", [32, 128, 2080])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_long_rows_and_groups_on_both_cpu_kernels(
     tmp_path: Path, random_weights: Callable[..., Weights], monkeypatch: pytest.MonkeyPatch, bits: Any, group_size: int
 ) -> None:
     """2,080 columns of 100 rows are cut into parts, of 25 rows not: the same bits. A group may be a whole row."""
-    if not native_kernels_here():
-        pytest.skip("no native kernels on this machine")
     quantization = Quantization(bits=bits, group_size=group_size)
     config = config_of(bits).model_copy(update={"ffn_dim": 2080, "quantization": quantization})
     path = save(tmp_path / "few", config, quantized(config, random_weights(config)))
@@ -185,10 +183,9 @@ def test_long_rows_and_groups_on_both_cpu_kernels(
     assert np.abs(together - expected).max() < _kernel_error() * np.abs(expected).max()
 
 
+@pytest.mark.usefixtures("native_kernels")
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_no_number_stays_none(tmp_path: Path, random_weights: Callable[..., Weights], value: float) -> None:
-    if not native_kernels_here():
-        pytest.skip("no native kernels on this machine")
     config = config_of(4)
     weights = random_weights(config)
     weights[NORM_OUT][3] = value

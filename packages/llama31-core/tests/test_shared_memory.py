@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -96,13 +97,14 @@ def test_memory_is_shared_by_all_or_by_none_and_leaves_no_file(
     monkeypatch.setattr(shared_memory, "_FOLDER", tmp_path)
     if what_fails == "posix_fallocate":
         monkeypatch.setattr("os.posix_fallocate", fails)
-    said: list[list[str]] = [[], []]
+    said, both = ["", ""], threading.Barrier(2, timeout=30)
 
     def exchange(group: Group, text: str) -> list[str]:
-        said[group.index].append(text)
-        while min(map(len, said)) < len(said[group.index]):
-            pass
-        return [texts[len(said[group.index]) - 1] for texts in said]
+        said[group.index] = text
+        both.wait()
+        heard = list(said)
+        both.wait()  # nobody says the next before both have heard
+        return heard
 
     monkeypatch.setattr(shared_memory, "exchange_texts", exchange)
 

@@ -106,15 +106,15 @@ class SharedMemory:
 
     def all_reduce(self, group: Group) -> Move:
         """The sum of all ranks' tensors."""
-        return self._if_float32(self._sum, transport().all_reduce(group))
+        return self._if_float32(self._sum, lambda x: transport().all_reduce(group)(x))
 
     def reduce_scatter(self, group: Group) -> Move:
         """The rank's part, along the first axis, of the sum of all ranks' tensors."""
-        return self._if_float32(self._sum_own_part, transport().reduce_scatter(group))
+        return self._if_float32(self._sum_own_part, lambda x: transport().reduce_scatter(group)(x))
 
     def all_gather(self, group: Group) -> Move:
         """All ranks' tensors one after the other along the first axis."""
-        return self._if_float32(self._gather, transport().all_gather(group))
+        return self._if_float32(self._gather, lambda x: transport().all_gather(group)(x))
 
     def _if_float32(self, move: Callable[[Floats], Floats], otherwise: Move) -> Move:
         def moved(x: Tensor) -> Tensor:

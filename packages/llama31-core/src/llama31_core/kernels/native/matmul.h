@@ -78,8 +78,14 @@ struct WidenedRows : PlainRows<T> {
 
 constexpr int kTileRows = kLanes == 16 ? 6 : 3;  // of x: sums of as many rows times four stay in registers
 
-// The lanes' sums of MR rows of x times four, out of `carried`, (MR, 4), where there are parts before, and back to it
-// where there are parts behind; else added up to `out`.
+// The lanes' sums of MR rows of x times four: zeros, or those that the part before left in `carried`, (MR, 4).
+template <int MR>
+ALWAYS_INLINE void Start(const Columns &columns, const float *carried, Vector (&sums)[MR][4]) {
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < 4; ++j) sums[i][j] = columns.is_first ? Zero() : Load(carried + (i * 4 + j) * kLanes);
+}
+
+// After the last part the lanes are added up, to `out`; before it their sums are left in `carried`.
 template <int MR>
 ALWAYS_INLINE void Finish(const Vector (&sums)[MR][4], const Columns &columns, float *carried, __m128 *out) {
   for (int i = 0; i < MR; ++i) {
@@ -97,8 +103,7 @@ inline void Tile(const PlainView<T> &x, int64_t m, const Rows &rows, const Colum
                  __m128 *out) {
   using L = Lanes<T>;
   Vector sums[MR][4];
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < 4; ++j) sums[i][j] = columns.is_first ? Zero() : Load(carried + (i * 4 + j) * kLanes);
+  Start(columns, carried, sums);
   const T *first = x.row(m);
   const auto add = [&](int64_t at, const auto &load_row, const auto &load_x) __attribute__((always_inline)) {
     decltype(load_x(first)) xs[MR];

@@ -7,12 +7,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "matmul.h"
 #include "numbers.h"
 #include "rows.h"
+#include "stored_rows.h"
 
 #ifndef __AVX512BF16__
 #include "quantized_integers.h"
@@ -65,47 +65,38 @@ struct Bits4 {
 
 // Four rows, for `Tile`.
 template <typename Bits>
-struct QuantizedRows {
+struct QuantizedRows : StoredRows<Bits> {
   using Group = typename Bits::Group;
 
-  int64_t group_size;
-  const uint8_t *data[4];
-  const float *scales[4], *biases[4];
-
-  int64_t group(int64_t) const { return group_size; }
+  int64_t group(int64_t) const { return this->group_size; }
   Group Begin(int j, int64_t at) const {
-    return Bits::Begin(scales[j][at / group_size], biases[j][at / group_size]);
+    return Bits::Begin(this->scales[j][at / this->group_size], this->biases[j][at / this->group_size]);
   }
-  auto Load(int j, int64_t at, const Group &group) const { return Bits::Load(data[j] + at / Bits::kPerByte, group); }
+  auto Load(int j, int64_t at, const Group &group) const {
+    return Bits::Load(this->data[j] + at / Bits::kPerByte, group);
+  }
   auto Load(int j, int64_t at, int) const { return Load(j, at, Begin(j, at)); }  // K has no rest
-  void Fetch(int j, int64_t at, int64_t ahead) const {
-    _mm_prefetch(reinterpret_cast<const char *>(data[j] + (at + ahead) / Bits::kPerByte), _MM_HINT_T0);
-  }
 };
 
 // A matrix (N, K); `rows` at a time are widened once and kept where many rows of x go through them.
 template <typename Bits>
-class QuantizedMatrix {
+class QuantizedMatrix : public StoredMatrix<Bits> {
  public:
   using Element = Bf16;
   using Inputs = PlainInputs<Bf16>;
   static constexpr int kRows = kTileRows;
 
-  QuantizedMatrix(const Stored &stored, int64_t k, int64_t group_size)
-      : stored_(stored), k_(k), group_size_(group_size), groups_((k + group_size - 1) / group_size) {}
-
-  int64_t k() const { return k_; }
-  int64_t part_unit() const { return group_size_; }
+  using StoredMatrix<Bits>::StoredMatrix;
 
   // use(rows) with the four rows from n on; beyond the last one, the last one again.
   template <typename Use>
   void WithRows(int64_t n, int64_t n_end, const Columns &columns, bool is_used_often, const Use &use) const {
-    const QuantizedRows<Bits> rows = RowsAt(n, n_end);
+    const QuantizedRows<Bits> rows{this->RowsAt(n, n_end)};
     if (!is_used_often) return use(rows);
     static thread_local std::vector<Bf16> buffer;
-    Bf16 *to = Scratch(buffer, 4 * k_);
+    Bf16 *to = Scratch(buffer, 4 * this->k_);
     WidenedRows<Bf16> widened{};
-    for (int j = 0; j < 4; ++j, to += k_) {
+    for (int j = 0; j < 4; ++j, to += this->k_) {
       Expand(rows, j, columns.begin, columns.end, to);
       widened.data[j] = to;
     }
@@ -115,34 +106,21 @@ class QuantizedMatrix {
   // One row as float32.
   void Row(int64_t n, float *to) const {
     static thread_local std::vector<Bf16> buffer;
-    Bf16 *row = Scratch(buffer, k_);
-    Expand(RowsAt(n, n + 1), 0, 0, k_, row);
-    Widen(row, to, k_);
+    Bf16 *row = Scratch(buffer, this->k_);
+    Expand({this->RowsAt(n, n + 1)}, 0, 0, this->k_, row);
+    Widen(row, to, this->k_);
   }
 
  private:
-  QuantizedRows<Bits> RowsAt(int64_t n, int64_t n_end) const {
-    QuantizedRows<Bits> rows{group_size_, {}, {}, {}};
-    for (int j = 0; j < 4; ++j) {
-      const int64_t row = std::min<int64_t>(n + j, n_end - 1);
-      rows.data[j] = static_cast<const uint8_t *>(stored_.data) + row * k_ / Bits::kPerByte;
-      rows.scales[j] = stored_.scales + row * groups_, rows.biases[j] = stored_.biases + row * groups_;
-    }
-    return rows;
-  }
-
   // Columns [begin, end), of which the first begins a group.
   void Expand(const QuantizedRows<Bits> &rows, int j, int64_t begin, int64_t end, Bf16 *to) const {
     for (int64_t at = begin; at < end;) {
       const auto group = rows.Begin(j, at);
-      for (const int64_t last = std::min(end, at + group_size_); at < last; at += kSteps) {
+      for (const int64_t last = std::min(end, at + this->group_size_); at < last; at += kSteps) {
         _mm512_storeu_si512(to + at, rows.Load(j, at, group));
       }
     }
   }
-
-  Stored stored_;
-  int64_t k_, group_size_, groups_;
 };
 
 }  // namespace llama31

@@ -7,13 +7,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "matmul.h"
 #include "rows.h"
+#include "stored_rows.h"
 
 namespace llama31 {
 
@@ -134,17 +133,10 @@ class IntegerInputs {
   int64_t k_ = 0, group_size_ = 0, section_ = 0, sections_ = 0, groups_ = 0;
 };
 
-// Four rows of a matrix as they are stored.
+// Four rows, for `Tile`.
 template <typename Bits>
-struct QuantizedRows {
-  int64_t group_size, groups;
-  const uint8_t *data[4];
-  const float *scales[4], *biases[4];
-
-  Pair Load(int j, int64_t at) const { return Bits::Load(data[j] + at / Bits::kPerByte); }
-  void Fetch(int j, int64_t at, int64_t ahead) const {
-    _mm_prefetch(reinterpret_cast<const char *>(data[j] + (at + ahead) / Bits::kPerByte), _MM_HINT_T0);
-  }
+struct QuantizedRows : StoredRows<Bits> {
+  Pair Load(int j, int64_t at) const { return Bits::Load(this->data[j] + at / Bits::kPerByte); }
 };
 
 // The same as numbers of 16 bits, in the order of x.
@@ -191,8 +183,7 @@ template <int MR, typename Rows>
 inline void Tile(const IntegerView &x, int64_t m, const Rows &rows, const Columns &columns, float *carried,
                  __m128 *out) {
   Vector sums[MR][4];
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < 4; ++j) sums[i][j] = columns.is_first ? Zero() : Load(carried + (i * 4 + j) * kLanes);
+  Start(columns, carried, sums);
   int64_t section = columns.begin / x.section, group = columns.begin / rows.group_size;
   int64_t left = rows.group_size;  // of the group; a part begins with one
   for (int64_t begin = columns.begin; begin < columns.end; begin += x.section, ++section, left -= x.section) {
@@ -221,29 +212,25 @@ inline void Tile(const IntegerView &x, int64_t m, const Rows &rows, const Column
 
 // A matrix (N, K); rows are widened once and kept where many rows of x go through them.
 template <typename Bits>
-class QuantizedMatrix {
+class QuantizedMatrix : public StoredMatrix<Bits> {
  public:
   using Element = int16_t;
   using Inputs = IntegerInputs<Bits>;
   static constexpr int kRows = 2;  // a product needs a register before it is added
 
-  QuantizedMatrix(const Stored &stored, int64_t k, int64_t group_size)
-      : stored_(stored), k_(k), group_size_(group_size), groups_((k + group_size - 1) / group_size) {}
-
-  int64_t k() const { return k_; }
-  int64_t part_unit() const { return group_size_; }
+  using StoredMatrix<Bits>::StoredMatrix;
 
   // use(rows) with the four rows from n on; beyond the last one, the last one again.
   template <typename Use>
   void WithRows(int64_t n, int64_t n_end, const Columns &columns, bool is_used_often, const Use &use) const {
-    const QuantizedRows<Bits> rows = RowsAt(n, n_end);
+    const QuantizedRows<Bits> rows{this->RowsAt(n, n_end)};
     if (!is_used_often) return use(rows);
     static thread_local std::vector<int16_t> buffer;
-    int16_t *to = Scratch(buffer, 4 * k_);
+    int16_t *to = Scratch(buffer, 4 * this->k_);
     WidenedNumbers<Bits> widened{rows, {}};
-    for (int j = 0; j < 4; ++j, to += k_) {
+    for (int j = 0; j < 4; ++j, to += this->k_) {
       for (int64_t at = columns.begin; at < columns.end; at += kStep16) {
-        rows.Fetch(j, at, 4 * k_);
+        rows.Fetch(j, at, 4 * this->k_);
         Store(to + at, rows.Load(j, at));
       }
       widened.numbers[j] = to;
@@ -253,26 +240,12 @@ class QuantizedMatrix {
 
   // One row as float32.
   void Row(int64_t n, float *to) const {
-    const QuantizedRows<Bits> rows = RowsAt(n, n + 1);
-    for (int64_t i = 0; i < k_; ++i) {
-      const int64_t group = i / group_size_;
+    const StoredRows<Bits> rows = this->RowsAt(n, n + 1);
+    for (int64_t i = 0; i < this->k_; ++i) {
+      const int64_t group = i / this->group_size_;
       to[i] = static_cast<float>(Bits::NumberAt(rows.data[0], i)) * rows.scales[0][group] + rows.biases[0][group];
     }
   }
-
- private:
-  QuantizedRows<Bits> RowsAt(int64_t n, int64_t n_end) const {
-    QuantizedRows<Bits> rows{group_size_, groups_, {}, {}, {}};
-    for (int j = 0; j < 4; ++j) {
-      const int64_t row = std::min<int64_t>(n + j, n_end - 1);
-      rows.data[j] = static_cast<const uint8_t *>(stored_.data) + row * k_ / Bits::kPerByte;
-      rows.scales[j] = stored_.scales + row * groups_, rows.biases[j] = stored_.biases + row * groups_;
-    }
-    return rows;
-  }
-
-  Stored stored_;
-  int64_t k_, group_size_, groups_;
 };
 
 }  // namespace llama31

@@ -1,0 +1,52 @@
+// Where the rows of a quantised matrix lie, whatever they are multiplied as.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "matmul.h"
+
+namespace llama31 {
+
+// Four rows as they are stored: the numbers of `Bits`, and of each group of columns a scale and a bias.
+template <typename Bits>
+struct StoredRows {
+  int64_t group_size, groups;
+  const uint8_t *data[4];
+  const float *scales[4], *biases[4];
+
+  void Fetch(int j, int64_t at, int64_t ahead) const {
+    _mm_prefetch(reinterpret_cast<const char *>(data[j] + (at + ahead) / Bits::kPerByte), _MM_HINT_T0);
+  }
+};
+
+// A matrix (N, K) of them.
+template <typename Bits>
+class StoredMatrix {
+ public:
+  StoredMatrix(const Stored &stored, int64_t k, int64_t group_size)
+      : k_(k), group_size_(group_size), stored_(stored), groups_((k + group_size - 1) / group_size) {}
+
+  int64_t k() const { return k_; }
+  int64_t part_unit() const { return group_size_; }
+
+ protected:
+  // The four rows from n on; beyond the last one, the last one again.
+  StoredRows<Bits> RowsAt(int64_t n, int64_t n_end) const {
+    StoredRows<Bits> rows{group_size_, groups_, {}, {}, {}};
+    for (int j = 0; j < 4; ++j) {
+      const int64_t row = std::min<int64_t>(n + j, n_end - 1);
+      rows.data[j] = static_cast<const uint8_t *>(stored_.data) + row * k_ / Bits::kPerByte;
+      rows.scales[j] = stored_.scales + row * groups_, rows.biases[j] = stored_.biases + row * groups_;
+    }
+    return rows;
+  }
+
+  int64_t k_, group_size_;
+
+ private:
+  Stored stored_;
+  int64_t groups_;
+};
+
+}  // namespace llama31
