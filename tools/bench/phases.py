@@ -136,8 +136,7 @@ class TimedModel:
         logits = np.empty((len(arrays[-1]), self._vocab_size), np.float32)
         seconds = np.zeros(len(PHASES))
         address = seconds.ctypes.data_as(ctypes.c_void_p)
-        with self._net.pack(arrays, logits) as arguments:
-            failed = self._library[function](*arguments, address)
+        failed = self._library[function](*self._net.arguments(arrays, logits), address)
         assert not failed
         found: list[float] = seconds.tolist()
         return found

@@ -6,8 +6,7 @@ Shapes: B sequences, T new tokens of each, M blocks of the longest sequence, N r
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import mindspore as ms
 import numpy as np
@@ -21,6 +20,8 @@ from llama31_core.rope_frequencies import inverse_frequencies
 
 _Ints = npt.NDArray[np.int32]
 _Floats = npt.NDArray[np.float32]
+
+_INPUTS = 5  # arrays that a call begins with
 
 
 class NativeLlama:
@@ -51,9 +52,15 @@ class NativeLlama:
             *(table if llama.lm_head is None else _matrix(llama.lm_head)),
             *(parameter for block in llama.model.layers for parameter in _layer(block)),
         )
+        self._count = _INPUTS + len(self._held) + 1  # and the logits
+        self._addresses = np.zeros(self._count, np.uint64)
         self._rows = [_row(held.shape) for held in self._held]  # kept, as their addresses are handed over
-        self._shapes = [ctypes.addressof(row) for row in self._rows]
-        self._dtypes = [str(held.dtype).lower().encode() for held in self._held]
+        pointers = ctypes.c_void_p * self._count
+        self._shapes = pointers(*[0] * _INPUTS, *map(ctypes.addressof, self._rows), 0)
+        dtypes = [*[b"int32"] * _INPUTS, *(str(held.dtype).lower().encode() for held in self._held), b"float32"]
+        self._dtypes = (ctypes.c_char_p * self._count)(*dtypes)
+        self._given_rows: list[ctypes.Array[ctypes.c_int64]] = []
+        self.find_parameters()
         self._vocab_size = llama.config.vocab_size
         self._run = ctypes.CDLL(str(load_library())).Llama31Model
 
@@ -62,29 +69,29 @@ class NativeLlama:
     ) -> _Floats:
         """Logits (N, V) of the tokens whose indexes among the B * T are wanted."""
         logits_NV = np.empty((len(wanted_N), self._vocab_size), np.float32)
-        arrays = (tokens_BT, positions_BT, slots_BT, block_tables_BM, wanted_N)
-        with self.pack([np.ascontiguousarray(array, np.int32) for array in arrays], logits_NV) as arguments:
-            failed = self._run(*arguments)
+        inputs = (tokens_BT, positions_BT, slots_BT, block_tables_BM, wanted_N)
+        arrays = [np.ascontiguousarray(array, np.int32) for array in inputs]
+        failed = self._run(*self.arguments(arrays, logits_NV))
         assert not failed, "the native library takes another number of arguments"
         return logits_NV
 
-    @contextmanager
-    def pack(self, arrays: Sequence[_Ints], logits_NV: _Floats) -> Iterator[tuple[object, ...]]:
-        """The call's arguments, as arguments.h has them, while they exist: how many, addresses, shapes and types.
+    def find_parameters(self) -> None:
+        """Take the parameters' addresses again: some have been pointed at other values, or a graph has written them.
 
-        Arrays are contiguous.
+        Not each call takes them: that was a millisecond, a tenth of a step.
         """
-        first, last = [_row(array.shape) for array in arrays], _row(logits_NV.shape)
-        count = len(first) + len(self._held) + 1
-        addresses = [
-            *(array.ctypes.data for array in arrays),
-            *(held.data_ptr() for held in self._held),
-            logits_NV.ctypes.data,
-        ]
-        shapes = [*map(ctypes.addressof, first), *self._shapes, ctypes.addressof(last)]
-        dtypes = [*[b"int32"] * len(first), *self._dtypes, b"float32"]
-        pointers = ctypes.c_void_p * count
-        yield count, pointers(*addresses), pointers(*shapes), (ctypes.c_char_p * count)(*dtypes)
+        self._addresses[_INPUTS:-1] = [held.data_ptr() for held in self._held]
+
+    def arguments(self, arrays: Sequence[_Ints], logits_NV: _Floats) -> tuple[object, ...]:
+        """The call's arguments as arguments.h has them: how many, addresses, shapes and types.
+
+        They hold until the next call. Arrays are contiguous.
+        """
+        given = [*arrays, logits_NV]
+        self._given_rows = [_row(array.shape) for array in given]
+        for place, array, row in zip([*range(_INPUTS), -1], given, self._given_rows, strict=True):
+            self._addresses[place], self._shapes[place] = array.ctypes.data, ctypes.addressof(row)
+        return self._count, ctypes.c_void_p(self._addresses.ctypes.data), self._shapes, self._dtypes
 
 
 def _row(shape: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

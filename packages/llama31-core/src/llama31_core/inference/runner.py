@@ -66,7 +66,7 @@ class GraphRunner:
         native: run it by the native CPU kernels.
 
     Attributes:
-        llama: the model, whose parameters may be pointed at other values.
+        llama: the model, whose parameters may be pointed at other values; then call `find_parameters`.
     """
 
     def __init__(
@@ -114,9 +114,16 @@ class GraphRunner:
         load_parameters(llama, model_dir, config)
         return cls(llama, plan.num_blocks, plan.block_size, plan.num_host_blocks, lora, native)
 
+    def find_parameters(self) -> None:
+        """Some parameters have been pointed at other values, or their values may be elsewhere in memory."""
+        if isinstance(self._net, NativeLlama):
+            self._net.find_parameters()
+
     def move_blocks(self, moves: list[BlockMove]) -> None:
         """See Runner."""
-        self._block_io.move(moves)
+        if moves:
+            self._block_io.move(moves)
+            self.find_parameters()
 
     def forward(self, batch: ForwardInput) -> npt.NDArray[np.float32]:
         """See Runner."""

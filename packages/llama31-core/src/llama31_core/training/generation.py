@@ -55,6 +55,7 @@ class SampleGenerator:
         self._runner = runner
         if self._lora is not None:
             self._point(runner.llama)
+        runner.find_parameters()
         # A new engine: the blocks that the last one cached are of other weights.
         engine = Engine(self._plan.config, runner, self._plan.options)
         return tuple(tuple(c.token_ids) for c in engine.generate(self._prompts, self._params))
