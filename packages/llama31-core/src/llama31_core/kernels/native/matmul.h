@@ -22,13 +22,19 @@ struct Stored {
   const float *scales, *biases;
 };
 
-// What a tile goes through of the columns: all of them, or one of the parts that K is cut into. What lies `ahead` columns
-// behind is fetched meanwhile; 0 for nothing.
+// What a tile goes through of the columns: all of them, or one of the parts that K is cut into; and whether it asks for
+// the rows of the weight that come next meanwhile.
 struct Columns {
   int64_t begin, end;
   bool is_first, is_last;
-  int64_t ahead;
+  bool fetches;
 };
+
+// Asks for memory line by line. Four rows that follow each other are read side by side, which a processor does not
+// foresee as it does one stream, so that the rows to come are asked for in the order they lie in.
+ALWAYS_INLINE void FetchLines(const void *from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(static_cast<const char *>(from) + at, _MM_HINT_T0);
+}
 
 // Rows of x, k numbers each, wherever they are.
 template <typename T>
@@ -65,15 +71,14 @@ struct PlainRows {
   Group Begin(int, int64_t) const { return {}; }
   auto Load(int j, int64_t at, Group) const { return Lanes<T>::Load(data[j] + at); }
   auto Load(int j, int64_t at, int count) const { return Lanes<T>::Load(data[j] + at, count); }
-  void Fetch(int j, int64_t at, int64_t ahead) const {
-    _mm_prefetch(reinterpret_cast<const char *>(data[j] + at + ahead), _MM_HINT_T0);
-  }
+  // A step's share of the next four rows of k columns.
+  void FetchNext(int64_t k, int64_t at, int64_t step) const { FetchLines(data[0] + 4 * (k + at), 4 * step * sizeof(T)); }
 };
 
 // Rows that were written out and lie in the cache.
 template <typename T>
 struct WidenedRows : PlainRows<T> {
-  void Fetch(int, int64_t, int64_t) const {}
+  void FetchNext(int64_t, int64_t, int64_t) const {}
 };
 
 constexpr int kTileRows = kLanes == 16 ? 6 : 3;  // of x: sums of as many rows times four stay in registers
@@ -119,9 +124,7 @@ inline void Tile(const PlainView<T> &x, int64_t m, const Rows &rows, const Colum
     for (int j = 0; j < 4; ++j) groups[j] = rows.Begin(j, at);
     const int64_t size = rows.group(x.k), end = std::min(columns.end, at - at % size + size);
     for (; at + L::kStep <= end; at += L::kStep) {
-      if (columns.ahead > 0) {
-        for (int j = 0; j < 4; ++j) rows.Fetch(j, at, columns.ahead);
-      }
+      if (columns.fetches) rows.FetchNext(x.k, at, L::kStep);
       add(at, [&](int j) { return rows.Load(j, at, groups[j]); }, [](const T *p) { return L::Load(p); });
     }
   }
@@ -179,7 +182,7 @@ class PlainMatrix {
     Element *to = Scratch(buffer, 4 * k_);
     WidenedRows<Element> widened{};
     for (int j = 0; j < 4; ++j, to += k_) {
-      for (int64_t at = columns.begin; at < columns.end; at += 64 / sizeof(T)) rows.Fetch(j, at, 4 * k_);
+      FetchLines(rows.data[j] + 4 * k_ + columns.begin, (columns.end - columns.begin) * sizeof(T));
       Widen(rows.data[j] + columns.begin, to + columns.begin, columns.end - columns.begin);
       widened.data[j] = to;
     }
@@ -219,13 +222,13 @@ void MatmulRows(const typename Matrix::Inputs &inputs, const Matrix &w, int64_t 
     for (int64_t block_begin = n_begin; block_begin < n_end; block_begin += block) {
       const int64_t block_end = std::min(n_end, block_begin + block);
       for (int64_t begin = 0; begin < k; begin += part) {
-        Columns columns{begin, std::min(k, begin + part), begin == 0, begin + part >= k, 0};
+        Columns columns{begin, std::min(k, begin + part), begin == 0, begin + part >= k, false};
         for (int64_t n = block_begin; n < block_end; n += 4) {
           const FourMask kept = FirstOfFour(n_end - n);
           w.WithRows(n, n_end, columns, is_used_often, [&](const auto &rows) {
             int64_t tiles = (m_end - m_begin + kRows - 1) / kRows;
-            columns.ahead = 4 * k;  // the first tile waits for memory: it asks for the next rows
-            for (int64_t m = m_begin, count; m < m_end; m += count, --tiles, columns.ahead = 0) {
+            columns.fetches = part == k;  // the first tile, which waits for memory
+            for (int64_t m = m_begin, count; m < m_end; m += count, --tiles, columns.fetches = false) {
               count = (m_end - m + tiles - 1) / tiles;  // all tiles are nearly as high
               float *carried = sums + ((n - block_begin) * panel + (m - m_begin) * 4) * kLanes;
               __m128 out[kRows];

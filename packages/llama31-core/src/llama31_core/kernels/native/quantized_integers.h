@@ -145,7 +145,7 @@ struct WidenedNumbers : QuantizedRows<Bits> {
   const int16_t *numbers[4];
 
   Pair Load(int j, int64_t at) const { return LoadPair(numbers[j] + at); }
-  void Fetch(int, int64_t, int64_t) const {}
+  void FetchNext(int64_t, int64_t, int64_t) const {}
 };
 
 // The sums of products of columns [begin, end) of MR rows of x, k numbers each, with four rows. A function by itself, so
@@ -153,7 +153,7 @@ struct WidenedNumbers : QuantizedRows<Bits> {
 // adds products first and runs out of registers.
 template <int MR, typename Rows>
 __attribute__((noinline)) void SumProducts(const int16_t *x, int64_t k, const Rows &rows, int64_t begin, int64_t end,
-                                           int64_t ahead, __m256i (&sums)[MR][4]) {
+                                           bool fetches, __m256i (&sums)[MR][4]) {
   __m256i whole[MR][4];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < 4; ++j) whole[i][j] = _mm256_setzero_si256();
@@ -162,13 +162,13 @@ __attribute__((noinline)) void SumProducts(const int16_t *x, int64_t k, const Ro
     asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
   };
   for (int64_t at = begin; at < end; at += kStep16) {
+    if (fetches) rows.FetchNext(k, at, kStep16);
     Pair numbers[MR];
     for (int i = 0; i < MR; ++i) {
       numbers[i] = LoadPair(x + i * k + at);
       asm("" : "+x"(numbers[i].first), "+x"(numbers[i].second));  // not loaded again for each product
     }
     for (int j = 0; j < 4; ++j) {
-      if (ahead > 0) rows.Fetch(j, at, ahead);
       const Pair w = rows.Load(j, at);
       for (int i = 0; i < MR; ++i) add(whole[i][j], w.first, numbers[i].first);
       for (int i = 0; i < MR; ++i) add(whole[i][j], w.second, numbers[i].second);
@@ -189,7 +189,7 @@ inline void Tile(const IntegerView &x, int64_t m, const Rows &rows, const Column
   for (int64_t begin = columns.begin; begin < columns.end; begin += x.section, ++section, left -= x.section) {
     if (left == 0) ++group, left = rows.group_size;
     __m256i whole[MR][4];
-    SumProducts<MR>(x.numbers + m * x.k, x.k, rows, begin, std::min(columns.end, begin + x.section), columns.ahead,
+    SumProducts<MR>(x.numbers + m * x.k, x.k, rows, begin, std::min(columns.end, begin + x.section), columns.fetches,
                     whole);
     for (int i = 0; i < MR; ++i) {
       const float scale = x.scales[(m + i) * x.sections + section];
@@ -229,8 +229,9 @@ class QuantizedMatrix : public StoredMatrix<Bits> {
     int16_t *to = Scratch(buffer, 4 * this->k_);
     WidenedNumbers<Bits> widened{rows, {}};
     for (int j = 0; j < 4; ++j, to += this->k_) {
+      FetchLines(rows.data[j] + (4 * this->k_ + columns.begin) / Bits::kPerByte,
+                 (columns.end - columns.begin) / Bits::kPerByte);
       for (int64_t at = columns.begin; at < columns.end; at += kStep16) {
-        rows.Fetch(j, at, 4 * this->k_);
         Store(to + at, rows.Load(j, at));
       }
       widened.numbers[j] = to;

@@ -15,8 +15,9 @@ struct StoredRows {
   const uint8_t *data[4];
   const float *scales[4], *biases[4];
 
-  void Fetch(int j, int64_t at, int64_t ahead) const {
-    _mm_prefetch(reinterpret_cast<const char *>(data[j] + (at + ahead) / Bits::kPerByte), _MM_HINT_T0);
+  // A step's share of the next four rows of k columns.
+  void FetchNext(int64_t k, int64_t at, int64_t step) const {
+    FetchLines(data[0] + 4 * (k + at) / Bits::kPerByte, 4 * step / Bits::kPerByte);
   }
 };
 
@@ -33,6 +34,8 @@ class StoredMatrix {
  protected:
   // The four rows from n on; beyond the last one, the last one again.
   StoredRows<Bits> RowsAt(int64_t n, int64_t n_end) const {
+    // So few numbers of each row that the processor does not foresee them either.
+    FetchLines(stored_.scales + (n + 16) * groups_, 1), FetchLines(stored_.biases + (n + 16) * groups_, 1);
     StoredRows<Bits> rows{group_size_, groups_, {}, {}, {}};
     for (int j = 0; j < 4; ++j) {
       const int64_t row = std::min<int64_t>(n + j, n_end - 1);
