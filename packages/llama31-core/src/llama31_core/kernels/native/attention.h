@@ -105,6 +105,8 @@ inline void Softmax(float *row, int64_t length, int64_t stride) {
   std::fill(row + length, row + stride, 0.0f);
 }
 
+constexpr int64_t kAhead = 16;  // tokens whose keys are asked for before they are needed
+
 inline void Attend(const Queries &queries, const Sequence &sequence) {
   static thread_local std::vector<float> scores_buffer, query_buffer;
   const int64_t count = static_cast<int64_t>(queries.from.size()), width = sequence.width;
@@ -116,11 +118,16 @@ inline void Attend(const Queries &queries, const Sequence &sequence) {
   }
   for (int64_t s = 0; s < length; s += 4) {
     PlainRows<float> keys{};
-    for (int j = 0; j < 4; ++j) keys.data[j] = sequence.keys + sequence.offsets[std::min(s + j, length - 1)];
+    for (int j = 0; j < 4; ++j) {
+      keys.data[j] = sequence.keys + sequence.offsets[std::min(s + j, length - 1)];
+      // A head's keys and values do not follow each other: the processor does not foresee them.
+      FetchLines(sequence.keys + sequence.offsets[std::min(s + j + kAhead, length - 1)], width * sizeof(float));
+      FetchLines(sequence.values + sequence.offsets[std::min(s + j, length - 1)], width * sizeof(float));
+    }
     for (int64_t i = 0; i < count; i += kTileRows) {
       const int64_t rows = std::min<int64_t>(kTileRows, count - i);
       __m128 sums[kTileRows];
-      TileOf<kTileRows>(rows, PlainView<float>{q, width}, i, keys, Columns{0, width, true, true, 0}, nullptr, sums);
+      TileOf<kTileRows>(rows, PlainView<float>{q, width}, i, keys, Columns{0, width, true, true, false}, nullptr, sums);
       for (int64_t r = 0; r < rows; ++r) _mm_storeu_ps(scores + (i + r) * stride + s, sums[r]);
     }
   }
