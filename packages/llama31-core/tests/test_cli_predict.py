@@ -15,15 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llama31_core.cli import main
 from llama31_core.commands.batch import REJECTS_SUFFIX
 from llama31_core.commands.sampling_options import OPTIONS, add_sampling_options, given_options
 from llama31_core.commands.spool import Spool, spool_path
+from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.inference.sampling_params import SamplingParams
 from llama31_core.inference.sum_runner import SumRunner
+from llama31_core.training.checkpoints import AdapterFiles
+from llama31_core.training.lora import Lora
 
 VOCAB = 258
 
@@ -166,6 +170,8 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
         (["--prompt", "x", "--add_bos_token"], "give --raw too"),
         (["--prompt", "x", "--adapter", "a"], "adapter 'a' is not loaded"),
         (["--prompt", "x", "--lora", "a=/nowhere"], "adapter_config.json cannot be read"),
+        (["--prompt", "x", "--lora", "/nowhere"], "adapter_config.json cannot be read"),
+        (["--prompt", "x", "--lora", "/nowhere", "--lora", "a=/nowhere"], "--lora /nowhere has no name"),
         (["--input", "{bad}", "--output", "out", "--strict"], "bad.jsonl:2: not JSON"),
         (["--input", "{none}", "--output", "out"], "holds no request; the first of 1 bad lines, 1: not JSON"),
         (["--input", "/nowhere", "--output", "out"], "No such file"),
@@ -190,6 +196,22 @@ def test_errors_come_before_the_model(
     assert message in capsys.readouterr().err
     assert runners == []
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_adapter_alone_needs_no_name(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(1)
+    config, stem = ModelConfig.from_pretrained(model_dir), "model.layers.0.attention.wv"
+    a, b = rng.normal(size=(2, 16)).astype(np.float32), rng.normal(size=(8, 2)).astype(np.float32)
+    adapter = tmp_path / "adapter"
+    AdapterFiles(model_dir, config, Lora(("attention.wv",), rank=2, alpha=64)).save(
+        adapter, {f"{stem}.lora_a": a, f"{stem}.lora_b": b}, 1, {}
+    )
+    said = []
+    for flags in ([], ["--lora", str(adapter)], ["--lora", f"a={adapter}", "--adapter", "a"]):
+        sizes = ["--max_tokens", "8", "--temperature", "0", "--num_blocks", "8", "--block_size", "4"]
+        assert main(["predict", str(model_dir), "--raw", "--prompt", "x", *sizes, *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[1] == said[2] != said[0]
 
 
 def talk(model_dir: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> int:

@@ -96,8 +96,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     for name, text in _FLAGS.items():
         group.add_argument(f"--{name}", type=int, metavar="N", help=text)
     group.add_argument("--draft_model", type=Path, metavar="DIR", help="a smaller model that guesses the tokens")
-    text = "a PEFT adapter to load; repeatable"
-    group.add_argument("--lora", action="append", default=[], type=_as_lora, metavar="NAME=DIR", help=text)
+    text = "a PEFT adapter to load; repeatable with names, DIR alone is used for all that is asked"
+    group.add_argument("--lora", action="append", default=[], type=_as_lora, metavar="[NAME=]DIR", help=text)
     group.add_argument("--adapter", metavar="NAME", help="which of them to use where nothing else is said")
 
 
@@ -108,7 +108,14 @@ def plan_engine(arguments: argparse.Namespace, source: ModelSource, **more: int)
         Llama31Error: sizes that do not fit each other or the memory, a draft model or an adapter that does not fit.
     """
     given = {name: getattr(arguments, name) for name in _FLAGS if getattr(arguments, name) is not None}
-    directories = dict(arguments.lora)
+    directories: dict[str, Path] = {}
+    for name, directory in arguments.lora:
+        if name is None and len(arguments.lora) > 1:
+            raise ConfigError(f"--lora {directory} has no name; give each of several adapters its own, --lora NAME=DIR")
+        if name is None:
+            name = directory.resolve().name
+            arguments.adapter = arguments.adapter or name
+        directories[name] = directory
     if len(directories) < len(arguments.lora):
         raise ConfigError("--lora gives one name to two adapters; give each its own")
     adapters = {name: read_adapter(directory) for name, directory in directories.items()}
@@ -132,8 +139,10 @@ def plan_engine(arguments: argparse.Namespace, source: ModelSource, **more: int)
     return setup
 
 
-def _as_lora(text: str) -> tuple[str, Path]:
+def _as_lora(text: str) -> tuple[str | None, Path]:
     name, equals, directory = text.partition("=")
-    if not (name and equals and directory):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=DIR")
+    if name and not equals:
+        return None, Path(text)
+    if not (name and directory):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither NAME=DIR nor DIR")
     return name, Path(directory)
