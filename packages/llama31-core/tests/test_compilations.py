@@ -131,7 +131,7 @@ def test_nothing_is_compiled_after_the_warm_up(
     engine = Engine.from_pretrained(model, EngineOptions(**SIZES, **options), draft_model_dir=draft if drafts else None)
     check_kernels(engine, kernels)
     engine.warm_up()
-    assert compilations
+    assert bool(compilations) == (kernels == "portable")  # the native kernels need no graph at all
     compilations.clear()
     if "max_loras" in options:
         engine.load_adapter("tuned", save_adapter(model / "adapter"))

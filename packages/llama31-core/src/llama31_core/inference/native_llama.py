@@ -76,7 +76,7 @@ class NativeLlama:
         return logits_NV
 
     def find_parameters(self) -> None:
-        """Take the parameters' addresses again: some have been pointed at other values, or a graph has written them.
+        """Take the parameters' addresses again: some have been pointed at other values.
 
         Not each call takes them: that was a millisecond, a tenth of a step.
         """

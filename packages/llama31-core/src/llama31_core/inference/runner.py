@@ -21,6 +21,7 @@ from llama31_core.checkpoint.quantized import check_stored
 from llama31_core.config import ModelConfig
 from llama31_core.inference.batch import BlockMove, ForwardInput
 from llama31_core.inference.block_io import BlockIO
+from llama31_core.inference.block_memory import BlockMemory
 from llama31_core.inference.cache_plan import CachePlan
 from llama31_core.inference.graph_input import graph_input, wanted_rows
 from llama31_core.inference.native_llama import NativeLlama
@@ -85,7 +86,8 @@ class GraphRunner:
         self.adapters = adapters
         self.llama = llama
         self._net = NativeLlama(llama) if native else _WantedLogits(llama)
-        self._block_io = BlockIO(list(caches(llama)), num_blocks, num_host_blocks)
+        sizes = list(caches(llama)), num_blocks, num_host_blocks
+        self._blocks: BlockMemory | BlockIO = BlockMemory(*sizes) if native else BlockIO(*sizes)
 
     @classmethod
     def from_pretrained(
@@ -115,15 +117,13 @@ class GraphRunner:
         return cls(llama, plan.num_blocks, plan.block_size, plan.num_host_blocks, lora, native)
 
     def find_parameters(self) -> None:
-        """Some parameters have been pointed at other values, or their values may be elsewhere in memory."""
+        """Some parameters have been pointed at other values."""
         if isinstance(self._net, NativeLlama):
             self._net.find_parameters()
 
     def move_blocks(self, moves: list[BlockMove]) -> None:
         """See Runner."""
-        if moves:
-            self._block_io.move(moves)
-            self.find_parameters()
+        self._blocks.move(moves)
 
     def forward(self, batch: ForwardInput) -> npt.NDArray[np.float32]:
         """See Runner."""
