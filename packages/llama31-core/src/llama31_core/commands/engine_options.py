@@ -104,20 +104,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 def plan_engine(arguments: argparse.Namespace, source: ModelSource, **more: int) -> EngineSetup:
     """Check what a command line asks for; `more` are options for those that are not given.
 
+    An adapter without a name becomes `arguments.adapter`, unless another one is asked for.
+
     Raises:
         Llama31Error: sizes that do not fit each other or the memory, a draft model or an adapter that does not fit.
     """
     given = {name: getattr(arguments, name) for name in _FLAGS if getattr(arguments, name) is not None}
-    directories: dict[str, Path] = {}
-    for name, directory in arguments.lora:
-        if name is None and len(arguments.lora) > 1:
-            raise ConfigError(f"--lora {directory} has no name; give each of several adapters its own, --lora NAME=DIR")
-        if name is None:
-            name = directory.resolve().name
-            arguments.adapter = arguments.adapter or name
-        directories[name] = directory
-    if len(directories) < len(arguments.lora):
-        raise ConfigError("--lora gives one name to two adapters; give each its own")
+    directories = _name_adapters(arguments)
     adapters = {name: read_adapter(directory) for name, directory in directories.items()}
     slots = {"max_loras": len(adapters), "max_lora_rank": max(a.rank for a in adapters.values())} if adapters else {}
     if "cache_memory_bytes" in given:
@@ -137,6 +130,22 @@ def plan_engine(arguments: argparse.Namespace, source: ModelSource, **more: int)
     )
     setup.check_adapter(arguments.adapter)
     return setup
+
+
+def _name_adapters(arguments: argparse.Namespace) -> dict[str, Path]:
+    """The directory of each adapter; one without a name has its directory's, and is used where nothing else is said."""
+    if len(arguments.lora) == 1 and arguments.lora[0][0] is None:
+        [(_, alone)] = arguments.lora
+        name = alone.resolve().name
+        arguments.adapter = arguments.adapter or name
+        return {name: alone}
+    for name, directory in arguments.lora:
+        if name is None:
+            raise ConfigError(f"--lora {directory} has no name; give each of several adapters its own, --lora NAME=DIR")
+    directories = dict(arguments.lora)
+    if len(directories) < len(arguments.lora):
+        raise ConfigError("--lora gives one name to two adapters; give each its own")
+    return directories
 
 
 def _as_lora(text: str) -> tuple[str | None, Path]:

@@ -23,7 +23,7 @@ class BlockMemory:
     """
 
     def __init__(self, caches: list[Parameter], num_blocks: int, num_host_blocks: int) -> None:
-        self._held = caches
+        self._held = caches  # whose memory the arrays below are, without owning it
         self._caches = [_memory(cache).reshape(num_blocks, -1) for cache in caches]
         self._host = np.zeros((len(caches), num_host_blocks, self._caches[0].shape[1]), np.float32)
 

@@ -86,8 +86,8 @@ class GraphRunner:
         self.adapters = adapters
         self.llama = llama
         self._net = NativeLlama(llama) if native else _WantedLogits(llama)
-        sizes = list(caches(llama)), num_blocks, num_host_blocks
-        self._blocks: BlockMemory | BlockIO = BlockMemory(*sizes) if native else BlockIO(*sizes)
+        mover: type[BlockMemory] | type[BlockIO] = BlockMemory if native else BlockIO
+        self._blocks = mover(list(caches(llama)), num_blocks, num_host_blocks)
 
     @classmethod
     def from_pretrained(
