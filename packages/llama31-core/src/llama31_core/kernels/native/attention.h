@@ -45,41 +45,46 @@ struct Queries {
 };
 
 // Queries and vectors of values that are added up together.
-constexpr int kMixedRows = kLanes == 16 ? 4 : 2, kMixedVectors = 4;
+constexpr int kMixedRows = 6, kMixedVectors = kLanes == 16 ? 4 : 2;
 
-// Weighted sum of values for MR queries over kMixedVectors vectors of columns: terms are added in the order of the
-// positions.
-template <int MR>
-void MixValues(const Sequence &sequence, const float *weights, int64_t stride, int64_t length,
-               int64_t column, float *const *out) {
+// Weighted sum of values for MR queries over kMixedVectors vectors of columns, which load and store take from memory:
+// terms are added in the order of the positions.
+template <int MR, typename LoadVector, typename StoreVector>
+ALWAYS_INLINE void MixColumns(const Sequence &sequence, const float *weights, int64_t stride, int64_t length,
+                              int64_t column, float *const *out, const LoadVector &load, const StoreVector &store) {
   Vector sums[MR][kMixedVectors];
-  Mask masks[kMixedVectors];
-  for (int j = 0; j < kMixedVectors; ++j) {
-    masks[j] = FirstLanes(std::max<int64_t>(0, sequence.width - column - kLanes * j));
-  }
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < kMixedVectors; ++j) sums[i][j] = Zero();
   for (int64_t s = 0; s < length; ++s) {
     const float *value = sequence.values + sequence.offsets[s] + column;
     Vector v[kMixedVectors];
-    for (int j = 0; j < kMixedVectors; ++j) v[j] = Load(value + kLanes * j, masks[j]);
+    for (int j = 0; j < kMixedVectors; ++j) v[j] = load(value + kLanes * j, j);
     for (int i = 0; i < MR; ++i) {
       const Vector weight = Fill(weights[i * stride + s]);
       for (int j = 0; j < kMixedVectors; ++j) sums[i][j] = MultiplyAdd(weight, v[j], sums[i][j]);
     }
   }
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < kMixedVectors; ++j) Store(out[i] + column + kLanes * j, masks[j], sums[i][j]);
+    for (int j = 0; j < kMixedVectors; ++j) store(out[i] + column + kLanes * j, j, sums[i][j]);
 }
 
 // Any number of queries up to MR.
 template <int MR>
-void MixValuesOf(int64_t rows, const Sequence &sequence, const float *weights, int64_t stride, int64_t length,
-                 int64_t column, float *const *out) {
+void MixValues(int64_t rows, const Sequence &sequence, const float *weights, int64_t stride, int64_t length,
+               int64_t column, float *const *out) {
   if constexpr (MR > 1) {
-    if (rows < MR) return MixValuesOf<MR - 1>(rows, sequence, weights, stride, length, column, out);
+    if (rows < MR) return MixValues<MR - 1>(rows, sequence, weights, stride, length, column, out);
   }
-  MixValues<MR>(sequence, weights, stride, length, column, out);
+  const int64_t left = sequence.width - column;
+  if (left >= kMixedVectors * kLanes) {
+    MixColumns<MR>(sequence, weights, stride, length, column, out, [](const float *p, int) { return Load(p); },
+                   [](float *p, int, Vector v) { Store(p, v); });
+  } else {
+    const auto mask = [=](int j) { return FirstLanes(std::max<int64_t>(0, left - kLanes * j)); };
+    MixColumns<MR>(sequence, weights, stride, length, column, out,
+                   [&](const float *p, int j) { return Load(p, mask(j)); },
+                   [&](float *p, int j, Vector v) { Store(p, mask(j), v); });
+  }
 }
 
 // Scores to weights that sum to 1 over the first `length`; zero from there to `stride`.
@@ -136,7 +141,7 @@ inline void Attend(const Queries &queries, const Sequence &sequence) {
     const int64_t rows = std::min<int64_t>(kMixedRows, count - i);
     const int64_t seen = *std::max_element(queries.lengths.begin() + i, queries.lengths.begin() + i + rows);
     for (int64_t column = 0; column < width; column += kMixedVectors * kLanes) {
-      MixValuesOf<kMixedRows>(rows, sequence, scores + i * stride, stride, seen, column, queries.to.data() + i);
+      MixValues<kMixedRows>(rows, sequence, scores + i * stride, stride, seen, column, queries.to.data() + i);
     }
   }
 }

@@ -78,7 +78,10 @@ inline Vector Fill(float x) { return _mm256_set1_ps(x); }
 inline Vector Load(const float *p) { return _mm256_loadu_ps(p); }
 inline Vector Load(const float *p, Mask mask) { return _mm256_maskload_ps(p, mask); }
 inline void Store(float *p, Vector v) { _mm256_storeu_ps(p, v); }
-inline void Store(float *p, Mask mask, Vector v) { _mm256_maskstore_ps(p, mask, v); }
+inline void Store(float *p, Mask mask, Vector v) {
+  if (_mm256_testc_si256(mask, _mm256_set1_epi32(-1))) return Store(p, v);  // a masked store takes many cycles
+  _mm256_maskstore_ps(p, mask, v);
+}
 
 inline Vector MultiplyAdd(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vector MultiplySubtract(Vector a, Vector b, Vector c) { return _mm256_fmsub_ps(a, b, c); }
@@ -126,7 +129,7 @@ inline FourMask FirstOfFour(int64_t count) {
 }
 inline __m128 LoadFour(const float *p, FourMask mask) { return _mm_maskload_ps(p, mask); }
 inline void StoreFour(float *p, FourMask mask, __m128 v) {
-  if (_mm_testc_si128(mask, _mm_set1_epi32(-1))) return _mm_storeu_ps(p, v);  // a masked store takes many cycles
+  if (_mm_testc_si128(mask, _mm_set1_epi32(-1))) return _mm_storeu_ps(p, v);  // as above
   _mm_maskstore_ps(p, mask, v);
 }
 
