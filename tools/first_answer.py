@@ -146,7 +146,7 @@ class Server:
 
     def wait_until_ready(self) -> None:
         """Wait for the health service to say SERVING, with a dot every second."""
-        print("Starting llama31-serve (loads and compiles, about 15 s) ", end="", flush=True)
+        print("Starting llama31-serve (about 6 s, some 20 more where its kernels are compiled) ", end="", flush=True)
         started = time.monotonic()
         with Client(f"127.0.0.1:{self.port}", timeout_s=2) as client:
             while time.monotonic() - started < READY_TIMEOUT_S:

@@ -31,7 +31,7 @@ struct Columns {
 };
 
 // Asks for memory line by line. Four rows that follow each other are read side by side, which a processor does not
-// foresee as it does one stream, so that the rows to come are asked for in the order they lie in.
+// foresee as it does one stream.
 ALWAYS_INLINE void FetchLines(const void *from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(static_cast<const char *>(from) + at, _MM_HINT_T0);
 }
@@ -71,8 +71,15 @@ struct PlainRows {
   Group Begin(int, int64_t) const { return {}; }
   auto Load(int j, int64_t at, Group) const { return Lanes<T>::Load(data[j] + at); }
   auto Load(int j, int64_t at, int count) const { return Lanes<T>::Load(data[j] + at, count); }
-  // A step's share of the next four rows of k columns.
-  void FetchNext(int64_t k, int64_t at, int64_t step) const { FetchLines(data[0] + 4 * (k + at), 4 * step * sizeof(T)); }
+  // A step's share of the next four rows of k columns: in the order they lie in, but of float32 the same columns of each,
+  // which is faster by a tenth at batch 16.
+  void FetchNext(int64_t k, int64_t at, int64_t step) const {
+    if constexpr (sizeof(T) < sizeof(float)) {
+      FetchLines(data[0] + 4 * (k + at), 4 * step * sizeof(T));
+    } else {
+      for (int j = 0; j < 4; ++j) FetchLines(data[j] + 4 * k + at, step * sizeof(T));
+    }
+  }
 };
 
 // Rows that were written out and lie in the cache.
