@@ -152,6 +152,15 @@ def test_structured_output_over_http(addresses: Addresses) -> None:
         wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
         with pytest.raises(BadRequestError, match="json_schema cannot be used"):
             create(response_format=wrong)
+        bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "no such type"}}}
+        for wrongly, field in (
+            ({"extra_body": {"guided_regex": "(["}}, "guided_regex"),
+            ({"extra_body": {"guided_grammar": "no rule"}}, "guided_grammar"),
+            ({"tools": [bad], "tool_choice": "required"}, "tools"),
+        ):
+            with pytest.raises(BadRequestError) as refused:
+                create(**wrongly)
+            assert refused.value.body["param"] == field  # type: ignore[index]
 
 
 def test_structured_output_over_grpc(address: str) -> None:

@@ -12,7 +12,7 @@ from llama31_serve.server.generation import Generation
 from llama31_serve.server.http.body import parse_body
 from llama31_serve.server.http.call import Call
 from llama31_serve.server.http.openai_answers import DONE, REASONS, Frame, chat_logprobs, usage_of
-from llama31_serve.server.http.openai_bodies import CHAT_NAMES, ChatBody, read_chat_body
+from llama31_serve.server.http.openai_bodies import ChatBody, read_chat_body
 from llama31_serve.server.job import Update
 from llama31_serve.server.refusal import Refusal
 from llama31_serve.server.serving_model import ModelHolder, ServingModel
@@ -42,7 +42,7 @@ class ChatRoutes:
                 async for update in generation:
                     turns[update.completion_index].add(update)
         except Refusal as refusal:
-            raise refusal.renamed(CHAT_NAMES) from None
+            raise refusal.renamed(body.names) from None
         await call.answer(frame.around([turn.choice() for turn in turns], usage_of([generation])))
 
     async def _stream(

@@ -12,7 +12,7 @@ from llama31_serve.server.generation_request import GenerationRequest
 from llama31_serve.server.http.body import parse_body
 from llama31_serve.server.http.call import Call
 from llama31_serve.server.http.openai_answers import DONE, REASONS, CompletionLogprobs, Frame, usage_of
-from llama31_serve.server.http.openai_bodies import COMPLETION_NAMES, CompletionBody, read_completion_body
+from llama31_serve.server.http.openai_bodies import CompletionBody, read_completion_body
 from llama31_serve.server.job import Update
 from llama31_serve.server.refusal import Refusal
 from llama31_serve.server.serving_model import ModelHolder, ServingModel
@@ -40,7 +40,7 @@ class CompletionRoutes:
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
             assert isinstance(first, Refusal)
-            raise first.renamed(COMPLETION_NAMES) from None
+            raise first.renamed(body.names) from None
         usage = usage_of(one.generation for one in work if one.generation is not None)
         if not body.stream:
             await call.answer(frame.around([choice for one in work for choice in one.choices()], usage))

@@ -26,9 +26,8 @@ from llama31_serve.server.serving_model import ServingModel
 
 DEFAULT_COMPLETION_TOKENS = 16
 ANY_OBJECT = '{"type":"object"}'
-NAMES = {"stop_strings": "stop", "grammar": "response_format", "adapter": "model", "request_id": "x-request-id"}
-CHAT_NAMES = {**NAMES, "input": "messages", "logprobs": "top_logprobs"}
-COMPLETION_NAMES = {**NAMES, "input": "prompt", "text": "prompt"}
+# Where a grammar can come from; the first that is set counts.
+GRAMMAR_FIELDS = ("guided_regex", "guided_choice", "guided_grammar", "guided_json")
 Object = dict[str, Any]
 
 
@@ -107,6 +106,12 @@ class OpenAiBody(Body):
             return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
         return None if self.response_format is None else self.response_format.grammar()
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What fields of GenerationRequest are called in this body."""
+        given = next((name for name in GRAMMAR_FIELDS if getattr(self, name) is not None), "response_format")
+        return {"stop_strings": "stop", "grammar": given, "adapter": "model", "request_id": "x-request-id"}
+
     def shared(self) -> dict[str, Any]:
         """The fields of GenerationRequest that both kinds fill alike."""
         return {
@@ -150,6 +155,12 @@ class ChatBody(OpenAiBody):
     parallel_tool_calls: bool | None = None
 
     @property
+    def names(self) -> dict[str, str]:
+        """A call that is demanded is a grammar too."""
+        grammar = {} if self.tool_choice in (None, "none", "auto") else {"grammar": "tools"}
+        return {**super().names, **grammar, "input": "messages", "logprobs": "top_logprobs"}
+
+    @property
     def offered_tools(self) -> list[Object]:
         """The functions that the model is told of."""
         return [] if self.tool_choice == "none" else [tool.model_dump() for tool in self.tools or ()]
@@ -163,6 +174,11 @@ class CompletionBody(OpenAiBody):
     echo: bool | None = False
     best_of: int | None = None
     suffix: None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """With the prompt's."""
+        return {**super().names, "input": "prompt", "text": "prompt"}
 
 
 def read_chat_body(body: ChatBody, model: ServingModel, limits: Limits, request_id: str) -> GenerationRequest:
@@ -188,7 +204,7 @@ def read_chat_body(body: ChatBody, model: ServingModel, limits: Limits, request_
         adapter=model.adapter_of(body.model),
         **body.shared(),
     )
-    return checked_request(checked, limits, wrong, CHAT_NAMES)
+    return checked_request(checked, limits, wrong, body.names)
 
 
 def read_completion_body(
@@ -217,7 +233,7 @@ def read_completion_body(
             adapter=model.adapter_of(body.model),
             **body.shared(),
         )
-        checked.append(checked_request(request, limits, wrong, COMPLETION_NAMES))
+        checked.append(checked_request(request, limits, wrong, body.names))
     return checked
 
 
