@@ -25,6 +25,7 @@ def commands(model_dir: str, gguf: str, data: str, out_dir: Path) -> dict[str, l
     return {
         "machine": ["--json", str(out_dir / "machine.json")],
         "inference": [model_dir, "--gguf", gguf, "--json", str(out_dir / "inference.json")],
+        "first_token": [model_dir, "--gguf", gguf, "--json", str(out_dir / "first_token.json")],
         "phases": [model_dir, "--json", str(out_dir / "phases.json")],
         "quantization": [model_dir],
         "engine": [model_dir, "--guesses", "3", "--json", str(out_dir / "engine.json")],

@@ -87,6 +87,14 @@ def start(label: str, name: str, model: str, threads: int) -> Contender:
     return contender
 
 
+def missing_peers() -> set[str]:
+    """Peers that are not installed; says so."""
+    missing = {name for name, module in _MODULES.items() if importlib.util.find_spec(module) is None}
+    for name in sorted(missing):
+        print(f"{name} is not installed and left out", file=sys.stderr)
+    return missing
+
+
 def contenders(model_dir: Path, gguf: Path, scratch: Path, threads: int, left_out: list[str]) -> list[Contender]:
     """Ours first, then each peer that is installed."""
     wanted = [("llama31 bf16", "llama31", str(model_dir))]
@@ -105,9 +113,7 @@ def contenders(model_dir: Path, gguf: Path, scratch: Path, threads: int, left_ou
     if unknown := set(left_out) - {label for label, _, _ in wanted[1:]}:
         allowed = ", ".join(repr(label) for label, _, _ in wanted[1:])
         raise SystemExit(f"--leave_out {', '.join(sorted(unknown))}: allowed are {allowed}")
-    missing = {name for name, module in _MODULES.items() if importlib.util.find_spec(module) is None}
-    for name in sorted(missing):
-        print(f"{name} is not installed and left out", file=sys.stderr)
+    missing = missing_peers()
     taken = [(label, name, model) for label, name, model in wanted if name not in missing and label not in left_out]
     for label, name, model in taken:
         if name == "llama.cpp":
