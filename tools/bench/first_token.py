@@ -11,9 +11,7 @@ installed are left out and named.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
 import sys
 import tempfile
@@ -21,12 +19,11 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.ckpt import set_page_cache
-from bench.inference import missing_peers, start
+from bench.inference import contender_options, missing_peers, start
 from bench.inference_weights import write_gguf, write_hf
 from bench.tokenizer_timing import print_table
 
@@ -50,19 +47,18 @@ class Seconds(NamedTuple):
     next: float
 
 
-def once(entry: Entry, threads: int, *, cold: bool) -> Seconds:
-    """A process from its start to the end of its second answer."""
+def once(entry: Entry, threads: int, *, cold: bool, **variables: str) -> Seconds:
+    """A process from its start to the end of its second answer, with `variables` in its environment."""
     for file in entry.files:
         set_page_cache(file, cold=cold)
     started = time.perf_counter()
-    contender = start(entry.name, entry.name, entry.model, threads)
+    contender = start(entry.name, entry.name, entry.model, threads, **variables)
     try:
         contender.run(_PROMPT)
         first_s = time.perf_counter() - started
         return Seconds(first_s, contender.run(_PROMPT))
     finally:
-        contender.process.kill()
-        contender.process.wait()
+        contender.stop()
 
 
 def entries(model_dir: Path, like: Path, scratch: Path) -> dict[str, Entry]:
@@ -88,26 +84,20 @@ def measure(all_entries: dict[str, Entry], rounds: int, threads: int) -> dict[st
         for kind in _KINDS:
             for label in random.sample(list(all_entries), len(all_entries)):
                 seen.setdefault((kind, label), []).append(once(all_entries[label], threads, cold=kind == "cold"))
-        with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, {"XDG_CACHE_HOME": cache}):
-            seconds = once(all_entries[_OURS], threads, cold=True)
+        with tempfile.TemporaryDirectory() as cache:
+            seconds = once(all_entries[_OURS], threads, cold=True, XDG_CACHE_HOME=cache)
         seen.setdefault(("cold", _FIRST_ON_A_MACHINE), []).append(seconds)
         print(f"round {number + 1} of {rounds} done", file=sys.stderr)
-    result: dict[str, dict[str, Seconds]] = {}
+    result: dict[str, dict[str, Seconds]] = {label: {} for label in (*all_entries, _FIRST_ON_A_MACHINE)}
     for (kind, label), found in seen.items():
         middle = Seconds(median(one.first for one in found), median(one.next for one in found))
-        result.setdefault(label, {})[kind] = middle
+        result[label][kind] = middle
     return result
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_dir", type=Path, help="bfloat16 model directory")
-    parser.add_argument("--gguf", type=Path, required=True, help="a GGUF file of the same architecture and vocabulary")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, help="where to write the figures as JSON")
-    args = parser.parse_args()
+    args = contender_options(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(entries(args.model_dir, args.gguf, Path(scratch)), args.rounds, args.threads)
     rows = []

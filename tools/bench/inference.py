@@ -76,11 +76,16 @@ class Contender:
         while self._line() != "ready":
             pass
 
+    def stop(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
 
-def start(label: str, name: str, model: str, threads: int) -> Contender:
-    """A contender's process, ready."""
+
+def start(label: str, name: str, model: str, threads: int, **variables: str) -> Contender:
+    """A contender's process, ready; `variables` are for its environment."""
     command = [sys.executable, str(_WORKER), name, model, str(threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | variables
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     contender = Contender(label, process)
     contender.wait_until_ready()
@@ -155,16 +160,22 @@ def report(all_contenders: list[Contender], names: list[str]) -> dict[str, dict[
     return result
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def contender_options(description: str | None) -> argparse.ArgumentParser:
+    """What every command over these processes is told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path, help="bfloat16 model directory")
     parser.add_argument("--gguf", type=Path, required=True, help="a GGUF file of the same architecture and vocabulary")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", type=Path, help="where to write the figures as JSON")
+    return parser
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = contender_options(__doc__)
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(_QUICK)}")
     parser.add_argument("--leave_out", nargs="+", metavar="LABEL", default=[], help="contenders to do without")
-    parser.add_argument("--json", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
     names = list(_QUICK if args.quick else _WORK)
     weight_bytes = (args.model_dir / "model.safetensors").stat().st_size
@@ -175,8 +186,7 @@ def main() -> None:
             measure(all_contenders, names, args.rounds)
         finally:
             for contender in all_contenders:
-                contender.process.kill()
-                contender.process.wait()
+                contender.stop()
     result = report(all_contenders, names)
     bandwidth = max(before, read_bandwidth(args.threads))
     step_s = 1 / result["llama31 bf16"]["decode 1"]["tokens_per_s"]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from llama31_serve.errors import FieldViolation
-from llama31_serve.server.engine import Grammar
+from llama31_serve.server.engine import Grammar, GrammarKind
 from llama31_serve.server.generation_request import (
     ConversationInput,
     GenerationRequest,
@@ -26,8 +26,13 @@ from llama31_serve.server.serving_model import ServingModel
 
 DEFAULT_COMPLETION_TOKENS = 16
 ANY_OBJECT = '{"type":"object"}'
-# Where a grammar can come from; the first that is set counts.
-GRAMMAR_FIELDS = ("guided_regex", "guided_choice", "guided_grammar", "guided_json")
+# vLLM's fields for a grammar and their kinds; the first that is set counts, then response_format.
+GUIDED: dict[str, GrammarKind] = {
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "lark",
+    "guided_json": "json_schema",
+}
 Object = dict[str, Any]
 
 
@@ -93,24 +98,24 @@ class OpenAiBody(Body):
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def grammar_field(self) -> str:
+        """Which field says what the completion has to obey."""
+        return next((name for name in GUIDED if getattr(self, name) is not None), "response_format")
+
     def grammar(self) -> Grammar | None:
         """What the completion has to obey."""
-        if self.guided_regex is not None:
-            return Grammar("regex", self.guided_regex)
-        if self.guided_choice is not None:
-            return Grammar("choice", tuple(self.guided_choice))
-        if self.guided_grammar is not None:
-            return Grammar("lark", self.guided_grammar)
-        if self.guided_json is not None:
-            schema = self.guided_json
-            return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
-        return None if self.response_format is None else self.response_format.grammar()
+        if self.grammar_field not in GUIDED:
+            return None if self.response_format is None else self.response_format.grammar()
+        given: Object | str | list[str] = getattr(self, self.grammar_field)
+        if isinstance(given, dict):
+            given = json.dumps(given)
+        return Grammar(GUIDED[self.grammar_field], given if isinstance(given, str) else tuple(given))
 
     @property
     def names(self) -> dict[str, str]:
         """What fields of GenerationRequest are called in this body."""
-        given = next((name for name in GRAMMAR_FIELDS if getattr(self, name) is not None), "response_format")
-        return {"stop_strings": "stop", "grammar": given, "adapter": "model", "request_id": "x-request-id"}
+        return {"stop_strings": "stop", "grammar": self.grammar_field, "adapter": "model", "request_id": "x-request-id"}
 
     def shared(self) -> dict[str, Any]:
         """The fields of GenerationRequest that both kinds fill alike."""
@@ -155,10 +160,15 @@ class ChatBody(OpenAiBody):
     parallel_tool_calls: bool | None = None
 
     @property
+    def demands_call(self) -> bool:
+        """Whether the turn has to be a call of a tool."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
     def names(self) -> dict[str, str]:
         """A call that is demanded is a grammar too."""
-        grammar = {} if self.tool_choice in (None, "none", "auto") else {"grammar": "tools"}
-        return {**super().names, **grammar, "input": "messages", "logprobs": "top_logprobs"}
+        demanded = {"grammar": "tools"} if self.demands_call else {}
+        return {**super().names, **demanded, "input": "messages", "logprobs": "top_logprobs"}
 
     @property
     def offered_tools(self) -> list[Object]:
@@ -256,9 +266,9 @@ def _biases(body: OpenAiBody) -> tuple[list[FieldViolation], dict[int, float]]:
 
 def _forced_call(body: ChatBody) -> tuple[Grammar | None, list[FieldViolation]]:
     """The grammar of a call that `tool_choice` demands, in Llama 3.1's way of writing calls."""
-    choice = body.tool_choice
-    if choice in (None, "none", "auto"):
+    if not body.demands_call:
         return None, []
+    choice = body.tool_choice
     functions = [tool.function for tool in body.tools or ()]
     if isinstance(choice, dict):
         name = choice.get("function", {}).get("name") if isinstance(choice.get("function"), dict) else None
