@@ -13,6 +13,7 @@ INSTRUCTION_SETS: tuple[dict[str, str], ...] = (
         "avx512bw": "-mavx512bw",
         "avx512dq": "-mavx512dq",
         "avx512vl": "-mavx512vl",
+        "avx512vbmi": "-mavx512vbmi",
         "avx512_bf16": "-mavx512bf16",
         "fma": "-mfma",
     },

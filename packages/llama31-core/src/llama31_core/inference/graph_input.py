@@ -15,6 +15,8 @@ def graph_input(batch: ForwardInput, block_size: int) -> tuple[_Ints, _Ints, _In
 
     A shorter row ends in repetitions of its last token, which write once more what that one wrote.
     """
+    if max(map(len, batch.token_ids)) == 1:
+        return _one_token_each(batch, block_size)
     lengths_B1 = np.array([[len(tokens)] for tokens in batch.token_ids], np.int32)
     columns_BT = np.minimum(np.arange(lengths_B1.max(), dtype=np.int32), lengths_B1 - 1)
     tokens_BT = np.take_along_axis(_rectangle(batch.token_ids), columns_BT, axis=1)
@@ -24,6 +26,14 @@ def graph_input(batch: ForwardInput, block_size: int) -> tuple[_Ints, _Ints, _In
     slots_BT = np.take_along_axis(tables_BM, positions_BT // block_size, axis=1) * block_size
     slots_BT += positions_BT % block_size
     return tokens_BT, positions_BT, slots_BT, tables_BM
+
+
+def _one_token_each(batch: ForwardInput, block_size: int) -> tuple[_Ints, _Ints, _Ints, _Ints]:
+    """The same without NumPy's cost of a dozen calls, a thirtieth of the step of a small model."""
+    places = zip(batch.starts, batch.block_tables, strict=True)
+    slots = [table[start // block_size] * block_size + start % block_size for start, table in places]
+    columns = np.array([[tokens[0] for tokens in batch.token_ids], batch.starts, slots], np.int32)[:, :, None]
+    return columns[0], columns[1], columns[2], _rectangle(batch.block_tables)
 
 
 def _rectangle(rows: list[list[int]]) -> _Ints:

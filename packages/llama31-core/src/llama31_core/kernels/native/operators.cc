@@ -1,4 +1,4 @@
-// A Llama model for a CPU with AVX2, or with AVX-512 and its bfloat16 dot product.
+// A Llama model for a CPU with AVX2, or with AVX-512, VBMI and the bfloat16 dot product.
 
 #include <cstdint>
 

@@ -43,7 +43,7 @@ struct Bits8 {
   }
 };
 
-// 4 bits: (N, K / 2) of bytes, the even column in the low half. Each group has its sixteen weights as a table.
+// 4 bits: (N, K / 2) of bytes, the even column in the low half. Each group has its sixteen weights as a table, twice.
 struct Bits4 {
   static constexpr int64_t kPerByte = 2;
   struct Group {
@@ -53,13 +53,15 @@ struct Bits4 {
   static Group Begin(float scale, float bias) {
     const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512 weights = _mm512_fmadd_ps(steps, Fill(scale), Fill(bias));
-    return {_mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(weights))};
+    return {(__m512i)_mm512_cvtne2ps_pbh(weights, weights)};
   }
 
+  // Four columns go into four words, each shifted until its number is lowest. Of a word a table of 32 regards five bits,
+  // of which the fifth makes no difference.
   static __m512i Load(const uint8_t *p, const Group &group) {
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-    const __m512i halves = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
-    return _mm512_permutexvar_epi16(_mm512_and_si512(halves, _mm512_set1_epi32(0x000f000f)), group.table);
+    const __m512i fours = _mm512_cvtepu16_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    const __m512i shifts = _mm512_set1_epi64(0x000c'0008'0004'0000);
+    return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, fours), group.table);
   }
 };
 

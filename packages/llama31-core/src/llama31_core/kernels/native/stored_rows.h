@@ -8,6 +8,8 @@
 
 namespace llama31 {
 
+constexpr int64_t kFetchAhead = 6 * 1024;  // bytes between what is multiplied and what is asked for, at least
+
 // Four rows as they are stored: the numbers of `Bits`, and of each group of columns a scale and a bias.
 template <typename Bits>
 struct StoredRows {
@@ -15,9 +17,10 @@ struct StoredRows {
   const uint8_t *data[4];
   const float *scales[4], *biases[4];
 
-  // A step's share of the next four rows of k columns.
+  // A step's share of the next four rows of k columns, or of later ones: short rows do not take as long as memory does.
   void FetchNext(int64_t k, int64_t at, int64_t step) const {
-    FetchLines(data[0] + 4 * (k + at) / Bits::kPerByte, 4 * step / Bits::kPerByte);
+    const int64_t ahead = std::max(4 * k / Bits::kPerByte, kFetchAhead);
+    FetchLines(data[0] + ahead + 4 * at / Bits::kPerByte, 4 * step / Bits::kPerByte);
   }
 };
 
