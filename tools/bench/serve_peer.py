@@ -5,7 +5,8 @@
 HF_DIR is the same model as transformers reads it (`llama31-ckpt convert --reversed`), for `transformers serve`, which
 needs pip install 'transformers[serving]'. PROGRAM is llama.cpp's `llama-server`, FILE the same weights for it. All
 servers run at the same time and are loaded in turns: chats of real questions, greedy, streamed, so many in flight at
-all times. Rates count the tokens that each server says it made; ratios are medians over the rounds.
+all times. Rates count the tokens that each server says it made; ratios are medians over the rounds. A chat whose
+connection a server closes unanswered (llama.cpp's does at times) is asked again and counted.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from bench.tokenizer_timing import print_table
 from free_port import free_port
 
 _START_LIMIT_S = 180
+_TRIES = 3  # of a chat
 _SLOT_TOKENS = 1024  # of a chat, prompt and answer
 _TOPICS = ("rivers", "bread", "glaciers", "maps", "bridges", "honey", "clocks", "kites", "harbours", "looms")
 _QUESTIONS = [f"Tell me about {topic} in {place}." for place in ("Peru", "Norway", "Japan") for topic in _TOPICS]
@@ -41,6 +43,7 @@ class Served(NamedTuple):
 
     tokens_per_s: float
     first_token_ms: float
+    num_dropped: int  # chats that the server closed the connection on, and that were asked again
 
 
 class Server(NamedTuple):
@@ -105,31 +108,40 @@ def _answers(url: str) -> bool:
 
 async def load(address: str, model: str, concurrency: int, requests: int, tokens: int) -> Served:
     """Chats, `concurrency` of them at once."""
-    slots, first_ms, made = asyncio.Semaphore(concurrency), [], 0
+    slots, first_ms, made, dropped = asyncio.Semaphore(concurrency), [], 0, 0
 
     async def chat(client: openai.AsyncOpenAI, question: str) -> None:
-        nonlocal made
+        nonlocal dropped
         async with slots:
-            began_s, is_first = time.perf_counter(), True
-            stream = await client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": question}],
-                max_tokens=tokens,
-                temperature=0,
-                stream=True,
-                stream_options={"include_usage": True},
-            )
-            async for chunk in stream:
-                if is_first and chunk.choices and chunk.choices[0].delta.content:
-                    first_ms.append(1000 * (time.perf_counter() - began_s))
-                    is_first = False
-                if chunk.usage is not None:
-                    made += chunk.usage.completion_tokens
+            for _ in range(_TRIES):
+                try:
+                    return await answer(client, question)
+                except openai.APIConnectionError:
+                    dropped += 1
+        raise SystemExit(f"{address}: a chat was dropped {_TRIES} times")
+
+    async def answer(client: openai.AsyncOpenAI, question: str) -> None:
+        nonlocal made
+        began_s, is_first = time.perf_counter(), True
+        stream = await client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        async for chunk in stream:
+            if is_first and chunk.choices and chunk.choices[0].delta.content:
+                first_ms.append(1000 * (time.perf_counter() - began_s))
+                is_first = False
+            if chunk.usage is not None:
+                made += chunk.usage.completion_tokens
 
     async with openai.AsyncOpenAI(base_url=address, api_key="none", timeout=600, max_retries=0) as client:
         began_s = time.perf_counter()
         await asyncio.gather(*(chat(client, _QUESTIONS[number % len(_QUESTIONS)]) for number in range(requests)))
-        return Served(made / (time.perf_counter() - began_s), median(first_ms))
+        return Served(made / (time.perf_counter() - began_s), median(first_ms), dropped)
 
 
 def measure(servers: list[Server], concurrencies: list[int], rounds: int, tokens: int) -> list[list[str]]:
@@ -150,8 +162,8 @@ def measure(servers: list[Server], concurrencies: list[int], rounds: int, tokens
                 pairs = zip(seen[0], found, strict=True)
                 row.append(f"{median(own.tokens_per_s / theirs.tokens_per_s for own, theirs in pairs):.2f}")
             row += [f"{median(s.first_token_ms for s in found):,.0f}" for found in seen]
-            rows.append(row)
-            print(" ".join(row), file=sys.stderr, flush=True)
+            rows.append([*row, *(str(sum(s.num_dropped for s in found)) for found in seen)])
+            print(" ".join(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
@@ -176,7 +188,7 @@ def main() -> int:
     rows = measure(servers, arguments.concurrency, arguments.rounds, arguments.tokens)
     labels = [server.label for server in servers]
     header = ["in flight", *(f"{label} tokens/s" for label in labels), *(f"to {label}" for label in labels[1:])]
-    header += [f"{label}: first token p50 ms" for label in labels]
+    header += [f"{label}: first token p50 ms" for label in labels] + [f"{label}: dropped chats" for label in labels]
     print_table(f"Chats of up to {arguments.tokens} tokens, medians of {arguments.rounds} rounds", header, rows)
     return 0
 

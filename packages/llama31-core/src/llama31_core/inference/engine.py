@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llama31_core.checkpoint.read_ahead import read_ahead
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError, RequestError
 from llama31_core.inference.batch import Runner
@@ -125,7 +126,8 @@ class Engine:
         `weights` may be a file without a configuration beside it, as the plan has that.
         """
         draft = None if draft_model_dir is None else plan.for_draft(Path(draft_model_dir))
-        from llama31_core.inference.runner import GraphRunner  # MindSpore: seconds to import
+        with read_ahead(Path(weights)):
+            from llama31_core.inference.runner import GraphRunner  # MindSpore: seconds to import
 
         runner = GraphRunner.from_pretrained(Path(weights), plan.config, plan.cache, plan.options, plan.precision)
         if draft is None or draft_model_dir is None:
