@@ -20,7 +20,8 @@ from llama31_core import ModelConfig
 from llama31_core.checkpoint.shapes import parameter_shapes
 from llama31_core.checkpoint.writer import save_weights
 from llama31_serve import Client, ControlClient
-from llama31_serve.cli import main
+from llama31_serve.cli import build_parser, main
+from llama31_serve.server.start_settings import read_settings
 
 Serve = Any
 ECHO_SERVER = """
@@ -195,3 +196,11 @@ def test_sigterm_under_load_loses_no_accepted_request(tokenizer_dir: Path) -> No
             assert server.stdout.read().splitlines()[-1] == "Stopped"
         finally:
             server.kill()
+
+
+@pytest.mark.parametrize(
+    "name", ["max_seq_len", "max_batch_size", "num_blocks", "block_size", "max_loras", "max_lora_rank"]
+)
+def test_the_sizes_of_the_engine_are_flags(name: str, tmp_path: Path) -> None:
+    arguments = build_parser().parse_args(["start", "--model", str(tmp_path), f"--{name}", "24"])
+    assert getattr(read_settings(arguments).options.engine, name) == 24

@@ -49,5 +49,4 @@ def wanted_rows(batch: ForwardInput) -> _Ints:
     longest = max(map(len, batch.token_ids))
     spans = enumerate(zip(batch.token_ids, batch.num_logits, strict=True))
     ends = ((index * longest + len(tokens), count) for index, (tokens, count) in spans)
-    rows = [np.arange(end - count, end, dtype=np.int32) for end, count in ends if count]
-    return np.concatenate(rows) if rows else np.zeros(1, np.int32)
+    return np.array([row for end, count in ends for row in range(end - count, end)] or [0], np.int32)

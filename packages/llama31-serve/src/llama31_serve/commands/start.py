@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The engine's thread comes out of the kernels and wants the interpreter; Python's own 5 ms would be a third of a step.
+_SWITCH_INTERVAL_S = 0.0005
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags. None is "not said": a config.json or the default decides."""
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_blocks", type=int, help="blocks of the KV cache (default: the engine's)")
     parser.add_argument("--block_size", type=int, help="tokens per block of the KV cache (default: the engine's)")
     parser.add_argument("--max_loras", type=int, help="adapters that can be loaded at once (default: none)")
+    parser.add_argument("--max_lora_rank", type=int, help="largest rank of an adapter (default: the engine's, 16)")
     parser.add_argument("--access_log", type=Path, metavar="FILE", help="a JSON line a request; - is standard output")
     parser.add_argument("--status_period_s", type=float, help="seconds between status lines, 0 for none (default: 5)")
     parser.add_argument("--traces", choices=("console", "otlp"), help="OpenTelemetry spans (extra: tracing)")
@@ -115,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         servers.append(Server(options, load_text, load_engine, *security, observers))
         return await serve_until_signal(servers[0])
 
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         return asyncio.run(main())
     finally:
