@@ -6,7 +6,7 @@ HF_DIR is the same model as transformers reads it (`llama31-ckpt convert --rever
 needs pip install 'transformers[serving]'. PROGRAM is llama.cpp's `llama-server`, FILE the same weights for it. All
 servers run at the same time and are loaded in turns: chats of real questions, greedy, streamed, so many in flight at
 all times. Rates count the tokens that each server says it made; ratios are medians over the rounds. A chat whose
-connection a server closes unanswered (llama.cpp's does at times) is asked again and counted.
+connection a server closes before its end (llama.cpp's does at times) is asked again and counted.
 """
 
 from __future__ import annotations
@@ -116,13 +116,15 @@ async def load(address: str, model: str, concurrency: int, requests: int, tokens
             for _ in range(_TRIES):
                 try:
                     return await answer(client, question)
+                except openai.APITimeoutError:  # one of those below, and nothing to try again
+                    raise
                 except openai.APIConnectionError:
                     dropped += 1
-        raise SystemExit(f"{address}: a chat was dropped {_TRIES} times")
+        raise ConnectionError(f"{address}: a chat was dropped {_TRIES} times")
 
     async def answer(client: openai.AsyncOpenAI, question: str) -> None:
         nonlocal made
-        began_s, is_first = time.perf_counter(), True
+        began_s, first_s = time.perf_counter(), None
         stream = await client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": question}],
@@ -132,11 +134,12 @@ async def load(address: str, model: str, concurrency: int, requests: int, tokens
             stream_options={"include_usage": True},
         )
         async for chunk in stream:
-            if is_first and chunk.choices and chunk.choices[0].delta.content:
-                first_ms.append(1000 * (time.perf_counter() - began_s))
-                is_first = False
+            if first_s is None and chunk.choices and chunk.choices[0].delta.content:
+                first_s = time.perf_counter()
             if chunk.usage is not None:
                 made += chunk.usage.completion_tokens
+        if first_s is not None:
+            first_ms.append(1000 * (first_s - began_s))
 
     async with openai.AsyncOpenAI(base_url=address, api_key="none", timeout=600, max_retries=0) as client:
         began_s = time.perf_counter()
@@ -185,7 +188,10 @@ def main() -> int:
         servers.append(transformers_serve(arguments.hf))
     if arguments.gguf is not None:
         servers.append(llama_server(arguments.llama_server, arguments.gguf, max(arguments.concurrency)))
-    rows = measure(servers, arguments.concurrency, arguments.rounds, arguments.tokens)
+    try:
+        rows = measure(servers, arguments.concurrency, arguments.rounds, arguments.tokens)
+    except ConnectionError as error:
+        raise SystemExit(f"serve_peer: error: {error}") from None
     labels = [server.label for server in servers]
     header = ["in flight", *(f"{label} tokens/s" for label in labels), *(f"to {label}" for label in labels[1:])]
     header += [f"{label}: first token p50 ms" for label in labels] + [f"{label}: dropped chats" for label in labels]

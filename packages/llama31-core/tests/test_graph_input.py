@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama31_core.inference.batch import ForwardInput
-from llama31_core.inference.graph_input import graph_input
+from llama31_core.inference.graph_input import graph_input, wanted_rows
 
 _BLOCK_SIZE = 4
 
@@ -23,7 +23,7 @@ def batches(draw: st.DrawFn) -> ForwardInput:
         for start, length in zip(starts, lengths, strict=True)
     ]
     tokens = [draw(st.lists(st.integers(0, 999), min_size=length, max_size=length)) for length in lengths]
-    return ForwardInput(tokens, starts, tables, [1] * len(lengths))
+    return ForwardInput(tokens, starts, tables, [draw(st.integers(0, length)) for length in lengths])
 
 
 @given(batches())
@@ -42,3 +42,15 @@ def test_every_token_has_its_position_and_slot(batch: ForwardInput) -> None:
             assert slots[row, column] == table[block] * _BLOCK_SIZE + offset
         np.testing.assert_array_equal(tables[row, : len(table)], table)
         assert not tables[row, len(table) :].any()
+
+
+@given(batches())
+def test_the_last_tokens_of_each_row_are_wanted(batch: ForwardInput) -> None:
+    longest = max(map(len, batch.token_ids))
+    expected = [
+        row * longest + column
+        for row, (ids, count) in enumerate(zip(batch.token_ids, batch.num_logits, strict=True))
+        for column in range(len(ids))
+        if column >= len(ids) - count
+    ]
+    assert wanted_rows(batch).tolist() == (expected or [0])

@@ -12,15 +12,14 @@ import numpy.typing as npt
 
 from llama31_core.checkpoint.quantized import (
     QuantizedMatrix,
+    choose_ranges,
     from_numbers,
-    group_ranges,
-    num_groups,
     round_to_numbers,
 )
 
 _DAMPING = 0.01  # of the mean second moment, added to all: few texts leave some directions without any input
 _BLOCK = 128  # columns whose effect on the later ones is applied at once
-_SHRINKS = np.linspace(1.0, 0.75, 6, dtype=np.float32)  # of a group's range, tried for the least error
+_SHRINKS = (1, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's range, tried for the least error
 
 Floats = npt.NDArray[np.float32]
 Moments = npt.NDArray[np.float64]
@@ -29,7 +28,7 @@ Moments = npt.NDArray[np.float64]
 def quantize_for_inputs(weights: Floats, moments: Moments, bits: int, group_size: int) -> QuantizedMatrix:
     """A matrix (N, K) rounded for inputs whose second moments, X^T X, are (K, K)."""
     importance = np.diag(moments).astype(np.float32)
-    scales, biases = _choose_ranges(weights, importance, bits, group_size)
+    scales, biases = choose_ranges(weights, bits, group_size, importance, _SHRINKS)
     order = np.argsort(-importance, kind="stable")
     factor = _inverse_factor(moments[np.ix_(order, order)])
     # Everything with columns first: each is then together in memory.
@@ -55,19 +54,3 @@ def _inverse_factor(moments: Moments) -> Floats:
     damped = moments + np.eye(len(moments)) * max(_DAMPING * float(np.mean(np.diag(moments))), 1e-12)
     damped[silent, silent] = damped[silent, silent] + 1.0
     return np.asarray(np.linalg.cholesky(np.linalg.inv(damped)).T, np.float32)  # numpy's factor is the lower one
-
-
-def _choose_ranges(weights: Floats, importance: Floats, bits: int, group_size: int) -> tuple[Floats, Floats]:
-    """Scales and biases (N, G): of each group the range, whole or a little narrower, with the least weighed error."""
-    scales, biases = (np.empty((len(weights), num_groups(weights.shape[1], group_size)), np.float32) for _ in range(2))
-    for group in range(scales.shape[1]):
-        columns = slice(group * group_size, (group + 1) * group_size)
-        own, weighed = weights[:, columns], importance[columns]
-        best = np.full(len(weights), np.inf, np.float32)
-        for shrink in _SHRINKS:
-            scale, bias = (part[:, None] for part in group_ranges(own * shrink, bits))
-            error = ((round_to_numbers(own, scale, bias, bits) * scale + bias - own) ** 2) @ weighed
-            better = error < best
-            best = np.where(better, error, best)
-            scales[better, group], biases[better, group] = scale[better, 0], bias[better, 0]
-    return scales, biases

@@ -43,8 +43,8 @@ def packed_dtype() -> ms.Type:
 def quantized_linear(
     x: Tensor, qweight: Tensor, scales_OG: Tensor, biases_OG: Tensor, bits: int, group_size: int
 ) -> Tensor:
-    """WeightQuantBatchMatmul, whose weight is `(q + offset) * scale`; offsets are whole and small, exact in 16 bits."""
-    offsets_OG = ops.round(biases_OG / scales_OG) + (8 if bits == 4 else 0)
+    """WeightQuantBatchMatmul, whose weight is `(q + offset) * scale`; offsets are small, exact in 16 bits if whole."""
+    offsets_OG = biases_OG / scales_OG + (8 if bits == 4 else 0)
     multiply = WeightQuantBatchMatmul(False, True, group_size)
     out = multiply(
         x.reshape(-1, x.shape[-1]), qweight, scales_OG.astype(x.dtype), offsets_OG.astype(x.dtype), None, None, None
