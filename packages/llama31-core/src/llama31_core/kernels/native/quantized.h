@@ -98,6 +98,7 @@ class QuantizedMatrix : public StoredMatrix<Bits> {
     static thread_local std::vector<Bf16> buffer;
     Bf16 *to = Scratch(buffer, 4 * this->k_);
     WidenedRows<Bf16> widened{};
+    rows.FetchNext(this->k_, columns.begin, columns.end - columns.begin);
     for (int j = 0; j < 4; ++j, to += this->k_) {
       Expand(rows, j, columns.begin, columns.end, to);
       widened.data[j] = to;
