@@ -104,20 +104,27 @@ def choose_ranges(
     for group in range(scales.shape[1]):
         columns = slice(group * group_size, (group + 1) * group_size)
         own, least = weights[:, columns], np.full(len(weights), np.inf, np.float32)
-        for shrink in shrinks:
-            for scale, bias, counts in _ranges(own * np.float32(shrink), bits):
-                back = round_to_numbers(own, scale[:, None], bias[:, None], bits) * scale[:, None] + bias[:, None]
-                error = counts * ((back - own) ** 2 @ importance[columns])
-                better = (error < least) | np.isposinf(least)  # the first in any case
-                least = np.where(better, error, least)
-                scales[better, group], biases[better, group] = scale[better], bias[better]
+        choices = [choice for shrink in shrinks for choice in _ranges(own * np.float32(shrink), bits)]
+        scales[:, group], biases[:, group], _ = choices[0]
+        if len(choices) == 1:
+            continue
+        for scale, bias, counts in choices:
+            back = _nearest(own, scale[:, None], bias[:, None], bits) * scale[:, None] + bias[:, None]
+            error = counts * ((back - own) ** 2 @ importance[columns])
+            better = error < least
+            least[better] = error[better]
+            scales[better, group], biases[better, group] = scale[better], bias[better]
     return scales, biases
 
 
-def round_to_numbers(weights: Array, scales: Array, biases: Array, bits: int) -> npt.NDArray[np.int32]:
-    """The number whose weight is nearest, for weights (N, C) that have these scales and biases (N, C) or (N, 1)."""
+def _nearest(weights: Array, scales: Array, biases: Array, bits: int) -> Array:
     lowest = _LOWEST[bits]
-    return np.clip(np.rint((weights - biases) / scales), lowest, lowest + 2**bits - 1).astype(np.int32)
+    return np.clip(np.rint((weights - biases) / scales), lowest, lowest + 2**bits - 1)
+
+
+def round_to_numbers(weights: Array, scales: Array, biases: Array, bits: int) -> npt.NDArray[np.int32]:
+    """The number whose weight is nearest, for weights (N, C) that have these scales and biases (N, 1)."""
+    return _nearest(weights, scales, biases, bits).astype(np.int32)
 
 
 def from_numbers(
@@ -131,8 +138,10 @@ def from_numbers(
 def quantize(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> QuantizedMatrix:
     """A matrix (N, K), each weight rounded to the nearest that its group can have."""
     scales, biases = choose_ranges(weights, bits, group_size)
-    groups = np.arange(weights.shape[1]) // group_size
-    numbers = round_to_numbers(weights, scales[:, groups], biases[:, groups], bits)
+    numbers = np.empty(weights.shape, np.int32)
+    for group in range(scales.shape[1]):
+        columns, own = np.s_[:, group * group_size : (group + 1) * group_size], np.s_[:, group : group + 1]
+        numbers[columns] = round_to_numbers(weights[columns], scales[own], biases[own], bits)
     return from_numbers(numbers, scales, biases, bits, group_size)
 
 

@@ -100,6 +100,11 @@ class TensorFiles:
         self._lock = Lock()
         self._files = {file.path: file for file in files}
 
+    @property
+    def files(self) -> tuple[OpenFile, ...]:
+        """Those that hold them."""
+        return tuple(self._files.values())
+
     def read_slice(self, name: str, index: Sequence[slice]) -> Array:
         """The part of a tensor that `index` selects; axes that it does not name are taken whole.
 
