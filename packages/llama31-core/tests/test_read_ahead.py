@@ -69,7 +69,9 @@ def test_the_files_are_in_memory_when_there_was_time(checkpoint: Path, monkeypat
 
 def test_a_file_that_shrinks_ends_it_quietly(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = checkpoint / "model.safetensors"
-    raised, problems, read_into = [], [], OpenFile.read_into
+    raised: list[CheckpointError] = []
+    problems: list[object] = []
+    read_into = OpenFile.read_into
 
     def shrinking(self: OpenFile, offset: int, view: memoryview) -> None:
         if threading.current_thread().name == "llama31-read-ahead":
