@@ -11,8 +11,10 @@ import tiktoken
 
 from llama31_tokenizer.errors import TokenizerError
 from llama31_tokenizer.fast_engine import Engine, FastEngine
+from llama31_tokenizer.han_text import FEWEST_CHARS, HanText
 from llama31_tokenizer.long_pieces import STEP_CHARS, WINDOW_BYTES, encode_long_piece
 from llama31_tokenizer.meta_splits import MAX_RUN, split_as_meta
+from llama31_tokenizer.patterns import LLAMA3
 from llama31_tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -49,7 +51,9 @@ class BpeCodec:
             special_tokens={**vocabulary.literal_tokens, **vocabulary.special_tokens},
         )
         self._fast = FastEngine(vocabulary) if engine == "fastokens" else None
-        self._encode_short = self._fast.encode if self._fast else self._encoding.encode_ordinary
+        self._han = None
+        if vocabulary.pattern == LLAMA3 and not (self._fast or self._missing):
+            self._han = HanText(ranks, self._encoding.encode_ordinary)
         self._separator = next(  # a name that cannot begin in the end of a text: one "<", where it begins
             (item for item in vocabulary.special_tokens.items() if item[0].rfind("<") == 0 and len(item[0]) > 1), None
         )
@@ -85,6 +89,8 @@ class BpeCodec:
         if self._is_plain and len(text) < 2 * STEP_CHARS:
             if self._fast:
                 return self._fast.encode_to_numpy(text)
+            if len(text) >= FEWEST_CHARS and self._han and (found := self._han.encode([text])):
+                return found[0]
             try:
                 return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
             except UnicodeEncodeError:
@@ -102,6 +108,8 @@ class BpeCodec:
             return None
         if self._fast:
             return self._fast.encode_many(texts)
+        if self._han and (found := self._han.encode(texts)):
+            return found
         if not self._separator:
             return None
         name, separator_id = self._separator
@@ -122,6 +130,15 @@ class BpeCodec:
 
         text = replace_surrogates(text)
         return encode_around_runs(text, self._pattern, self._encode_short, self._encode_piece)
+
+    def _encode_short(self, text: str) -> list[int]:
+        if self._fast:
+            return self._fast.encode(text)
+        if len(text) >= FEWEST_CHARS and self._han and (found := self._han.encode([text])):
+            from llama31_tokenizer.id_lists import to_list  # needs numpy, which takes time to import
+
+            return to_list(found[0], self._size)
+        return self._encoding.encode_ordinary(text)
 
     def _encode_piece(self, piece: str) -> list[int]:
         return self._encode_piece_bytes(piece.encode())

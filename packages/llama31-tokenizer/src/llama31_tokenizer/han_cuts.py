@@ -1,0 +1,181 @@
+"""Where a text may be cut beside Han characters without changing its ids: UTF-16 in, places out.
+
+A cut is safe in two places. Where a piece of Llama 3's pre-tokeniser ends: its pieces are encoded one by one anyway.
+And inside a piece of letters, between two characters that no token of the vocabulary reaches across: a merge makes a
+token, so no merge ever crosses that place, and the parts on both sides are merged as if each were alone. Three in four
+neighbouring Han characters of real Chinese are such places.
+
+One thing would be different: a piece that is a token gets that token even where merging would not arrive at it. A part
+of a piece must not, so texts that hold such a token, with Han characters in it or of one character, are left alone
+(`unmergeable`).
+
+Shapes: N UTF-16 code units of a text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+
+BREAK = 0xFFFF  # a unit that no text has (Unicode keeps it free); what stands on both sides are separate texts
+
+_Units = npt.NDArray[np.uint16]
+_Indexes = npt.NDArray[np.intp]
+_Bools = npt.NDArray[np.bool_]
+
+# Classes of units. The pattern sees letters, numbers, line ends, white space and others; Han characters are letters.
+_UNKNOWN, _HAN, _LETTER, _NUMBER, _LINE_END, _SPACE, _WHITE, _OTHER = range(8)
+_HAN_RANGES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF))
+# What may be cut between `current` and `next`, or in front of `current`.
+_CUT, _CUT_UNLESS_JOINED, _CUT_BEFORE = 1, 2, 4
+
+_HASH_BITS = 20
+_HASH_FACTOR = 0x9E3779B1
+
+# Inside a token (0xFF parts them): a character, or the end of one, in front of a Han character or the start of one.
+_NEIGHBOURS = re.compile(
+    rb"(?=((?<=\xff)[\x80-\xbf]{1,2}|[\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2})"
+    rb"([\xe3-\xe9][\x80-\xbf]{0,2})(?![\x80-\xbf]))"
+)
+
+
+class HanCuts:
+    """The safe cuts of one vocabulary with Llama 3's pre-tokeniser.
+
+    Args:
+        ranks: bytes of a token to its rank.
+
+    Attributes:
+        unmergeable: tokens that merging does not arrive at and that a part of a piece could be; a text that has one
+            must not be cut.
+    """
+
+    def __init__(self, ranks: Mapping[bytes, int]) -> None:
+        classes = _classify()
+        some = [token for token in ranks if not token.isascii()]
+        joined = np.zeros(1 << _HASH_BITS, np.bool_)
+        for lefts, rights in _joined_characters(some, classes):
+            joined[_hash_pairs(lefts, rights)] = True
+        self._joined = joined
+        groups = np.full(8, 2, np.uint8)  # of the unit before: 0 ends a piece, 1 does not before others, 2 may
+        groups[[_HAN, _LETTER, _NUMBER, _LINE_END]], groups[[_OTHER, _SPACE]] = 0, 1
+        self._codes = classes | groups[classes] << 6
+        self.unmergeable = sorted(_unmergeable(some, ranks))
+
+    def find(self, units: _Units) -> _Indexes:
+        """Places of cuts, from 0 to N, both among them. On both sides of a BREAK there is one."""
+        indexes = units.astype(np.intp)
+        codes = np.empty(len(units) + 1, np.uint8)
+        codes[0] = self._codes[BREAK]
+        self._codes.take(indexes, out=codes[1:])
+        kinds = codes & 7
+        around = (codes[:-2] & 0xC0) | kinds[1:-1] << 3 | kinds[2:]
+        actions = np.frombuffer(around.tobytes().translate(_ACTIONS), np.uint8)
+        joined = self._joined.take(_hash_pairs(indexes[:-1], indexes[1:]))
+        cuts = np.zeros(len(units) + 1, np.bool_)
+        cuts[1:-1] = (actions & _CUT).view(np.bool_)
+        cuts[1:-1] |= (actions & _CUT_UNLESS_JOINED).astype(np.bool_) & ~joined
+        cuts[:-2] |= (actions & _CUT_BEFORE).astype(np.bool_)
+        breaks = np.flatnonzero(units == BREAK)
+        cuts[breaks] = cuts[breaks + 1] = True
+        cuts[[0, -1]] = True
+        return np.flatnonzero(cuts)
+
+
+def _actions_of(group: int, current: int, following: int) -> int:
+    """What to do at a unit of class `current` between one of a group and one of class `following`.
+
+    A character in front of letters belongs to their piece unless it is a number or a line end, or follows others or a
+    space and so is in their piece.
+    """
+    if current == _HAN:
+        if following == _HAN:
+            return _CUT_UNLESS_JOINED
+        return _CUT if following not in (_UNKNOWN, _LETTER) else 0
+    if following != _HAN:
+        return 0
+    if current in (_NUMBER, _LINE_END) or (current == _OTHER and group == 1):
+        return _CUT
+    return _CUT_BEFORE | _CUT_UNLESS_JOINED if current == _OTHER and group == 0 else 0
+
+
+_ACTIONS = bytes(_actions_of(around >> 6, around >> 3 & 7, around & 7) for around in range(256))
+
+
+def _classify() -> npt.NDArray[np.uint8]:
+    """The class of every unit, as tiktoken's own expressions see it."""
+    characters = "".join(chr(unit) for unit in range(1, BREAK) if not 0xD800 <= unit < 0xE000)
+    classes = np.full(BREAK + 1, _OTHER, np.uint8)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for expression, one in ((r"\p{L}", _LETTER), (r"\p{N}", _NUMBER), (r"\s", _WHITE)):
+        probe = tiktoken.Encoding(expression, pat_str=expression, mergeable_ranks=ranks, special_tokens={})
+        found = bytes(probe.encode_ordinary(characters)).decode()
+        classes[np.frombuffer(found.encode("utf-16-le"), "<u2")] = one
+    for first, last in _HAN_RANGES:
+        part = classes[first : last + 1]
+        part[part == _LETTER] = _HAN
+    classes[0xD800:0xE000] = classes[[0, BREAK]] = _UNKNOWN
+    classes[[10, 13]], classes[32] = _LINE_END, _SPACE
+    return classes
+
+
+def _joined_characters(tokens: Iterable[bytes], classes: npt.NDArray[np.uint8]) -> Iterator[tuple[_Indexes, _Indexes]]:
+    """Characters that may be cut from a Han character behind them, and these, where a token reaches across."""
+    pairs = set(_NEIGHBOURS.findall(b"\xff" + b"\xff".join(tokens) + b"\xff"))
+    whole = {(left, right) for left, right in pairs if left[0] & 0xC0 != 0x80 and len(right) == 3}
+    yield (
+        np.array([ord(left.decode()) for left, _ in whole], np.intp),
+        np.array([ord(right.decode()) for _, right in whole], np.intp),
+    )
+    before_cuts = np.flatnonzero((classes == _HAN) | (classes == _OTHER))
+    han = np.flatnonzero(classes == _HAN)
+    for left, right in pairs - whole:
+        yield _ending_with(left, before_cuts)[:, None], _beginning_with(right, han)
+
+
+def _ending_with(end: bytes, units: _Indexes) -> _Indexes:
+    """Which of the units' characters end with a character, or the last bytes of one."""
+    if end[0] & 0xC0 != 0x80:
+        chosen = units == ord(end.decode())
+    elif len(end) == 1:
+        chosen = (units >= 0x80) & (units & 0x3F == end[0] & 0x3F)
+    else:
+        chosen = (units >= 0x800) & (units & 0xFFF == (end[0] & 0x3F) << 6 | end[1] & 0x3F)
+    return np.extract(chosen, units)
+
+
+def _beginning_with(begin: bytes, units: _Indexes) -> _Indexes:
+    """Which of the units' characters, of three bytes each, begin with one to three bytes."""
+    value = begin[0] & 0xF
+    for byte in begin[1:]:
+        value = value << 6 | byte & 0x3F
+    return np.extract(units >> 6 * (3 - len(begin)) == value, units)
+
+
+def _hash_pairs(left: _Indexes, right: _Indexes) -> _Indexes:
+    """Places in the table of joined pairs; two pairs may share one, which then only leaves a cut out."""
+    pairs: _Indexes = (left * _HASH_FACTOR + right) & ((1 << _HASH_BITS) - 1)
+    return pairs
+
+
+def _unmergeable(tokens: Iterable[bytes], ranks: Mapping[bytes, int]) -> Iterator[str]:
+    has_han = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in _HAN_RANGES) + "]")
+    for token in tokens:
+        text = token.decode("utf-8", "ignore")
+        if text.encode() == token and (len(text) == 1 or has_han.search(text)) and not _is_merged(token, ranks):
+            yield text
+
+
+def _is_merged(token: bytes, ranks: Mapping[bytes, int]) -> bool:
+    """Whether merging a token's bytes, lowest rank first, leftmost among equals, arrives at the token."""
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 1:
+        rank, at = min((ranks.get(parts[at] + parts[at + 1], len(ranks)), at) for at in range(len(parts) - 1))
+        if rank == len(ranks):
+            return False
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return True

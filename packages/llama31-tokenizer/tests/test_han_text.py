@@ -1,0 +1,214 @@
+"""Chinese text cut and looked up: the ids of tiktoken over the whole, and None where it must not be cut."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama31_tokenizer import Tokenizer, han_text
+from llama31_tokenizer.han_cuts import HanCuts
+from llama31_tokenizer.han_encoder import HanEncoder
+from llama31_tokenizer.patterns import LLAMA3
+
+HAN = [chr(code) for first, last in ((0x3400, 0x4DBF), (0x4E00, 0x9FFF)) for code in range(first, last + 1)]
+SENTENCE = (
+    "昇腾处理器上的大语言模型，支持8卡并行训练，分词器应当与参考实现逐一相同而且更快。《测试》：“好”！\n"
+    "\u3000\u3000他说：AI技术，it's很好…… 2026年\n"
+)
+
+
+@pytest.fixture(scope="module")
+def raw(llama3: Tokenizer) -> tiktoken.Encoding:
+    """tiktoken with the published pattern."""
+    assert LLAMA3.split
+    return tiktoken.Encoding(
+        "raw", pat_str=LLAMA3.split, mergeable_ranks=dict(llama3.vocabulary.ranks), special_tokens={}
+    )
+
+
+@pytest.fixture(scope="module")
+def cuts(llama3: Tokenizer) -> HanCuts:
+    return HanCuts(llama3.vocabulary.ranks)
+
+
+@pytest.fixture(scope="module")
+def encoder(raw: tiktoken.Encoding, cuts: HanCuts) -> HanEncoder:
+    return HanEncoder(cuts, raw.encode_ordinary)
+
+
+def check(encoder: HanEncoder, raw: tiktoken.Encoding, texts: list[str]) -> None:
+    found = encoder.encode(texts)
+    assert found is not None
+    ids, lengths = found
+    rows = [raw.encode_ordinary(text) for text in texts]
+    assert ids.tolist() == [token for row in rows for token in row]
+    assert lengths.tolist() == [len(row) for row in rows]
+
+
+def joined_han(llama3: Tokenizer) -> list[str]:
+    """Tokens of whole characters that have a Han one."""
+    han = set(HAN)
+    texts = (token.decode("utf-8", "ignore") for token in llama3.vocabulary.ranks if not token.isascii())
+    return [text for text in texts if not han.isdisjoint(text) and "中文字幕" not in text]
+
+
+PARTS = st.one_of(
+    st.sampled_from(
+        ["'s", "'LL", " ", "  ", "\n", "\r\n", "\t", "123", "4", "\u3000", "é", "，", "。", "”", "“", "(", "—"]
+    ),
+    st.sampled_from(
+        ["'", "ー", "の", "カ", "한", "技术", "AI", "\u0301", "\u200b", "😀", "𠮷", "ſ", "½", "〇", "々", "䷀"]
+    ),
+    st.text(st.sampled_from(HAN), max_size=6),
+    st.text(
+        st.sampled_from("的一是了我不人在他有这个上们来到时大地为子中你说生国年着就那和要数据加作除取始"), max_size=12
+    ),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0\uffff"), max_size=4),
+)
+
+
+@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(PARTS, max_size=25).map("".join), min_size=1, max_size=4))
+def test_made_up_text(encoder: HanEncoder, raw: tiktoken.Encoding, texts: list[str]) -> None:
+    check(encoder, raw, texts)
+
+
+def test_all_tokens_with_han_characters_beside_each_other(
+    encoder: HanEncoder, raw: tiktoken.Encoding, llama3: Tokenizer
+) -> None:
+    tokens = joined_han(llama3)
+    assert len(tokens) > 3000
+    rng = random.Random(0)
+    for between in ("", "", "，", "。\n", " ", "1"):
+        rng.shuffle(tokens)
+        check(encoder, raw, [between.join(tokens)])
+
+
+def test_every_han_character(encoder: HanEncoder, raw: tiktoken.Encoding) -> None:
+    chars = list(HAN)
+    random.Random(1).shuffle(chars)
+    check(encoder, raw, ["".join(chars), "，".join(chars), "“".join(chars), "数".join(chars)])
+
+
+def test_the_tables_keep_what_they_had_when_they_are_full(
+    cuts: HanCuts, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama31_tokenizer.han_encoder._TABLE_BITS", 6)
+    small = HanEncoder(cuts, raw.encode_ordinary)
+    for _ in range(2):
+        check(small, raw, ["".join(HAN[:3000]), SENTENCE * 9])
+
+
+def test_segments_are_encoded_once(cuts: HanCuts, raw: tiktoken.Encoding) -> None:
+    asked: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        asked.append(text)
+        return raw.encode_ordinary(text)
+
+    counting = HanEncoder(cuts, encode)
+    check(counting, raw, [SENTENCE])
+    short = [text for text in asked if len(text) <= 4]
+    assert len(short) > 10
+    assert len(short) == len(set(short))
+    asked.clear()
+    check(counting, raw, [SENTENCE * 3, SENTENCE])
+    assert not [text for text in asked if len(text) <= 4 and text in short]
+
+
+@pytest.mark.parametrize("text", ["看中文字幕组", "字\0数", "字\uffff数", "字\ud800数"])
+def test_what_must_not_be_cut(text: str, encoder: HanEncoder, raw: tiktoken.Encoding, llama3: Tokenizer) -> None:
+    assert encoder.encode([SENTENCE, text]) is None
+    assert llama3.encode(text * 700) == raw.encode_ordinary(text * 700)
+
+
+def test_a_token_that_merging_does_not_reach_is_found(cuts: HanCuts, llama3: Tokenizer) -> None:
+    assert cuts.unmergeable == ["中文字幕"]  # 字幕 has the lowest rank, then 文字幕 is no token
+    ranks = llama3.vocabulary.ranks
+    whole = "天地玄黄".encode()
+    assert whole not in ranks
+    assert "天地玄黄" in HanCuts({**ranks, whole: len(ranks)}).unmergeable
+
+
+@pytest.fixture
+def eager(llama3_file: Path, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
+    """One that cuts Chinese from the first text on."""
+    monkeypatch.setattr(han_text, "_CHARS_PER_BUILD", 0)
+    return Tokenizer.from_file(llama3_file)
+
+
+CALLS: dict[str, Callable[[Tokenizer, str], list[int]]] = {
+    "encode": lambda tokenizer, text: tokenizer.encode(text),
+    "encode_to_numpy": lambda tokenizer, text: tokenizer.encode_to_numpy(text).tolist(),
+    "encode_many_to_numpy": lambda tokenizer, text: tokenizer.encode_many_to_numpy([text])[0].tolist(),
+    "encode_batch": lambda tokenizer, text: tokenizer.encode_batch([text], num_threads=1)[0],
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_of_a_tokenizer(call: str, eager: Tokenizer, raw: tiktoken.Encoding) -> None:
+    text = SENTENCE * 60
+    want = raw.encode_ordinary(text)
+    assert CALLS[call](eager, text) == want
+    assert eager._codec._han._encoder is not None  # type: ignore[union-attr]
+    assert eager.count(text) == len(want)
+    assert eager.decode(want) == text
+    assert eager.encode_with_offsets(text).ids == want
+
+
+def test_long_runs_and_longer_texts(eager: Tokenizer, raw: tiktoken.Encoding) -> None:
+    text = SENTENCE * 4000
+    assert eager.encode(text + "中" * 200_000 + text)[: len(text) // 4] == raw.encode_ordinary(text)[: len(text) // 4]
+    assert eager.encode(text) == raw.encode_ordinary(text)
+
+
+def test_short_english_and_first_texts_are_left_to_tiktoken(
+    llama3_file: Path, monkeypatch: pytest.MonkeyPatch, raw: tiktoken.Encoding
+) -> None:
+    tokenizer = Tokenizer.from_file(llama3_file)
+    policy = tokenizer._codec._han  # type: ignore[union-attr]
+    assert policy is not None
+    monkeypatch.setattr(han_text, "_CHARS_PER_BUILD", 5 * len(SENTENCE * 60))
+    for count in range(1, 6):
+        assert policy.encode([SENTENCE]) is None
+        assert policy.encode(["It's “quoted” — " * 1000]) is None
+        assert (policy.encode([SENTENCE * 60]) is None) == (count < 5)
+    assert policy.encode(["It's “quoted” — " * 1000]) is None
+    assert policy.encode([SENTENCE[:20]] * 100) is not None
+
+
+def test_a_vocabulary_with_many_such_tokens_is_left_to_tiktoken(
+    llama3: Tokenizer, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(han_text, "_CHARS_PER_BUILD", 0)
+    monkeypatch.setattr(han_text, "_MOST_UNMERGEABLE", 0)
+    policy = han_text.HanText(llama3.vocabulary.ranks, raw.encode_ordinary)
+    assert policy.encode([SENTENCE * 60]) is None
+    assert policy.encode([SENTENCE * 60]) is None
+
+
+def test_threads_that_share_tables(cuts: HanCuts, raw: tiktoken.Encoding) -> None:
+    shared = HanEncoder(cuts, raw.encode_ordinary)
+    texts = [["".join(random.Random(seed).choices(HAN, k=4000)) + SENTENCE] for seed in range(40)]
+    want = [raw.encode_ordinary(text) for [text] in texts]
+    wrong: list[int] = []
+
+    def work() -> None:
+        for number, text in enumerate(texts):
+            found = shared.encode(text)
+            if found is None or found[0].tolist() != want[number]:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
