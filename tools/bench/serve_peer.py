@@ -1,19 +1,22 @@
-"""The HTTP door under load beside other servers of the same weights, all asked by the official openai client.
+"""The HTTP door under load beside other servers of the same weights.
 
     python tools/bench/serve_peer.py --model MODEL_DIR [--hf HF_DIR] [--llama_server PROGRAM --gguf FILE]
 
 HF_DIR is the same model as transformers reads it (`llama31-ckpt convert --reversed`), for `transformers serve`, which
 needs pip install 'transformers[serving]'. PROGRAM is llama.cpp's `llama-server`, FILE the same weights for it. All
 servers run at the same time and are loaded in turns: chats of real questions, greedy, streamed, so many in flight at
-all times. Rates count the tokens that each server says it made; ratios are medians over the rounds. A chat whose
-connection a server closes before its end (llama.cpp's does at times) is asked again and counted.
+all times. Rates count the tokens that each server says it made; ratios are medians over the rounds. Clients share the
+machine with the servers, so they read events without taking them apart. A chat whose connection a server closes before
+its end (llama.cpp's does at times) is asked again and counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,8 +26,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
-
-import openai
+from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,6 +35,8 @@ from free_port import free_port
 
 _START_LIMIT_S = 180
 _TRIES = 3  # of a chat
+_ANSWER_LIMIT_S = 600
+_TEXT, _USAGE = re.compile(rb'"content": ?"[^"]'), re.compile(rb'"completion_tokens": ?(\d+)')
 _SLOT_TOKENS = 1024  # of a chat, prompt and answer
 _TOPICS = ("rivers", "bread", "glaciers", "maps", "bridges", "honey", "clocks", "kites", "harbours", "looms")
 _QUESTIONS = [f"Tell me about {topic} in {place}." for place in ("Peru", "Norway", "Japan") for topic in _TOPICS]
@@ -110,41 +114,59 @@ async def load(address: str, model: str, concurrency: int, requests: int, tokens
     """Chats, `concurrency` of them at once."""
     slots, first_ms, made, dropped = asyncio.Semaphore(concurrency), [], 0, 0
 
-    async def chat(client: openai.AsyncOpenAI, question: str) -> None:
-        nonlocal dropped
+    async def chat(question: str) -> None:
+        nonlocal made, dropped
         async with slots:
             for _ in range(_TRIES):
                 try:
-                    return await answer(client, question)
-                except openai.APITimeoutError:  # one of those below, and nothing to try again
-                    raise
-                except openai.APIConnectionError:
+                    answer = await ask(address, model, question, tokens)
+                except ConnectionError:
                     dropped += 1
+                else:
+                    made += answer.tokens
+                    first_ms.append(answer.first_token_ms)
+                    return
         raise ConnectionError(f"{address}: a chat was dropped {_TRIES} times")
 
-    async def answer(client: openai.AsyncOpenAI, question: str) -> None:
-        nonlocal made
-        began_s, first_s = time.perf_counter(), None
-        stream = await client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": question}],
-            max_tokens=tokens,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        async for chunk in stream:
-            if first_s is None and chunk.choices and chunk.choices[0].delta.content:
-                first_s = time.perf_counter()
-            if chunk.usage is not None:
-                made += chunk.usage.completion_tokens
-        if first_s is not None:
-            first_ms.append(1000 * (first_s - began_s))
+    began_s = time.perf_counter()
+    await asyncio.gather(*(chat(_QUESTIONS[number % len(_QUESTIONS)]) for number in range(requests)))
+    return Served(made / (time.perf_counter() - began_s), median(first_ms), dropped)
 
-    async with openai.AsyncOpenAI(base_url=address, api_key="none", timeout=600, max_retries=0) as client:
-        began_s = time.perf_counter()
-        await asyncio.gather(*(chat(client, _QUESTIONS[number % len(_QUESTIONS)]) for number in range(requests)))
-        return Served(made / (time.perf_counter() - began_s), median(first_ms), dropped)
+
+class Answer(NamedTuple):
+    """One streamed chat as its client saw it."""
+
+    tokens: int
+    first_token_ms: float
+
+
+async def ask(address: str, model: str, question: str, tokens: int) -> Answer:
+    """One streamed chat over a connection of its own.
+
+    Raises:
+        ConnectionError: the server closed it before the end.
+    """
+    url = urlsplit(address)
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": tokens}
+    body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    content = json.dumps(body)
+    head = f"POST {url.path}/chat/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    began_s, first_s, answer = time.perf_counter(), 0.0, b""
+    async with asyncio.timeout(_ANSWER_LIMIT_S):
+        reader, writer = await asyncio.open_connection(url.hostname, url.port)
+        try:
+            writer.write((head + content).encode())
+            while part := await reader.read(1 << 16):
+                answer += part
+                if not first_s and _TEXT.search(answer):
+                    first_s = time.perf_counter()
+        finally:
+            writer.close()
+    usage = _USAGE.findall(answer)
+    if b"data: [DONE]" not in answer or not usage:
+        raise ConnectionError(f"{address} closed the connection after {answer[:300]!r}")
+    return Answer(int(usage[-1]), 1000 * (first_s - began_s))
 
 
 def measure(servers: list[Server], concurrencies: list[int], rounds: int, tokens: int) -> list[list[str]]:

@@ -194,6 +194,20 @@ def test_a_vocabulary_with_many_such_tokens_is_left_to_tiktoken(
     assert policy.encode([SENTENCE * 60]) is None
 
 
+def test_one_thread_at_a_time(llama3: Tokenizer, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(han_text, "_CHARS_PER_BUILD", 0)
+    inside: list[object] = []
+
+    def encode(text: str) -> list[int]:
+        inside.append(policy.encode([SENTENCE * 60]))  # as another thread would
+        return raw.encode_ordinary(text)
+
+    policy = han_text.HanText(llama3.vocabulary.ranks, encode)
+    assert policy.encode([SENTENCE * 60]) is not None
+    assert set(inside) == {None}
+    assert policy.encode([SENTENCE * 60]) is not None
+
+
 def test_threads_that_share_tables(cuts: HanCuts, raw: tiktoken.Encoding) -> None:
     shared = HanEncoder(cuts, raw.encode_ordinary)
     texts = [["".join(random.Random(seed).choices(HAN, k=4000)) + SENTENCE] for seed in range(40)]

@@ -21,10 +21,12 @@ _LONGEST_KEY = 4  # units; and the most ids of one in the tables
 _TABLE_BITS = 17
 _FACTORS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)  # odd and unlike each other
 _MASKS = np.array([(1 << 16 * units) - 1 for units in range(_LONGEST_KEY + 1)], np.uint64)
-_NONE, _BREAK_ID = -1, -2
+_NONE, _BREAK_ID, _GAP = -1, -2, -3
+_MISSING = np.array([_GAP] + [_NONE] * (_LONGEST_KEY - 1), np.int32)
 
 _Keys = npt.NDArray[np.uint64]
 _Ids = npt.NDArray[np.int32]
+_Indexes = npt.NDArray[np.intp]
 
 
 class HanEncoder:
@@ -69,12 +71,11 @@ class HanEncoder:
         keys = windows[starts] & _MASKS.take(lengths, mode="clip")
         keys[lengths > _LONGEST_KEY] = 0
         rows, missing = self._look_up(keys)
-        if len(missing):
-            return self._fill_in(data, rows, missing, places, keys)
+        rows[missing] = _MISSING
         ids: _Ids = rows[rows != _NONE]
-        return ids
+        return self._fill_in(ids, data, places, keys, missing) if len(missing) else ids
 
-    def _look_up(self, keys: _Keys) -> tuple[_Ids, npt.NDArray[np.intp]]:
+    def _look_up(self, keys: _Keys) -> tuple[_Ids, _Indexes]:
         """Ids of segments, (S, 4), _NONE behind them, and which segments are in no table, (M,)."""
         rows, found = self._tables[0].look_up(keys)
         missing = np.flatnonzero(~found)
@@ -84,25 +85,21 @@ class HanEncoder:
             missing = missing[~found]
         return rows, missing
 
-    def _fill_in(
-        self, data: bytes, rows: _Ids, missing: npt.NDArray[np.intp], places: npt.NDArray[np.intp], keys: _Keys
-    ) -> _Ids:
-        """The rows' ids end to end, with those of the missing segments, which are remembered if they are short."""
-        rows[missing] = _NONE
-        before = np.cumsum((rows != _NONE).sum(axis=1))[missing].tolist()
-        known: _Ids = rows[rows != _NONE]
+    def _fill_in(self, ids: _Ids, data: bytes, places: _Indexes, keys: _Keys, missing: _Indexes) -> _Ids:
+        """The ids with those of the missing segments in their places; the short ones are remembered."""
         parts: list[_Ids] = []
-        done = 0
         new: dict[int, list[int]] = {}
-        spans = zip(places[missing].tolist(), places[missing + 1].tolist(), keys[missing].tolist(), before, strict=True)
-        for start, stop, key, place in spans:
-            ids = new.get(key) or self._encode(data[2 * start : 2 * stop].decode("utf-16-le"))
+        done = 0
+        gaps = np.flatnonzero(ids == _GAP).tolist()
+        starts, stops = (2 * places[missing]).tolist(), (2 * places[missing + 1]).tolist()
+        for gap, start, stop, key in zip(gaps, starts, stops, keys[missing].tolist(), strict=True):
+            found = new.get(key) or self._encode(data[start:stop].decode("utf-16-le"))
             if key:
-                new[key] = ids
-            parts += [known[done:place], np.array(ids, np.int32)]
-            done = place
+                new[key] = found
+            parts += [ids[done:gap], np.array(found, np.int32)]
+            done = gap + 1
         self._remember(new)
-        return np.concatenate([*parts, known[done:]])
+        return np.concatenate([*parts, ids[done:]])
 
     def _remember(self, new: dict[int, list[int]]) -> None:
         short = {key: ids for key, ids in new.items() if len(ids) <= _LONGEST_KEY}

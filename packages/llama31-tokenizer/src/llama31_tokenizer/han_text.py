@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 FEWEST_CHARS = 1500  # of a call: for fewer, fifty calls of NumPy take longer than tiktoken
 _CHARS_PER_BUILD = 1_000_000  # of Chinese: from there on the cuts, 0.07 s and 7 MB, have paid for themselves
 _SAMPLES = 64
+# NumPy's steps are so short that two threads taking turns at Python's global lock are no faster than one, while tiktoken
+# works without it: so one thread cuts and looks up, and others leave their texts to tiktoken.
+_ONE_AT_A_TIME = Lock()
 _MOST_UNMERGEABLE = 16  # tokens that every text is searched for; Llama 3 has one
 
 
 class HanText:
-    """Encodes what is mostly Chinese, once there has been enough of it.
+    """Encodes what is mostly Chinese, once there has been enough of it, in one thread of a process at a time.
 
     Args:
         ranks: bytes of a token to its rank; the pre-tokeniser is Llama 3's.
@@ -31,31 +34,32 @@ class HanText:
         self._num_chars = 0
         self._encoder: HanEncoder | None = None
         self._has_given_up = False
-        self._lock = Lock()
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]] | None:
-        """As `HanEncoder.encode`; None, too, for texts that tiktoken encodes as fast."""
+        """As `HanEncoder.encode`; None, too, for texts that tiktoken encodes as fast,
+        and while another thread is at it."""
         joined = "".join(texts)
         if self._has_given_up or len(joined) < FEWEST_CHARS or not is_mostly_han(joined):
             return None
-        if self._encoder is None:
-            with self._lock:
-                self._num_chars += len(joined)
-                if self._num_chars < _CHARS_PER_BUILD:
-                    return None
+        if not _ONE_AT_A_TIME.acquire(blocking=False):
+            return None
+        try:
+            self._num_chars += len(joined)
+            if self._encoder is None and self._num_chars >= _CHARS_PER_BUILD:
                 self._build()
-        return self._encoder.encode(texts) if self._encoder else None
+            return self._encoder.encode(texts) if self._encoder else None
+        finally:
+            _ONE_AT_A_TIME.release()
 
     def _build(self) -> None:
         from llama31_tokenizer.han_cuts import HanCuts  # these need numpy, which takes time to import
         from llama31_tokenizer.han_encoder import HanEncoder
 
-        if self._encoder is None:
-            cuts = HanCuts(self._ranks)
-            if len(cuts.unmergeable) <= _MOST_UNMERGEABLE:
-                self._encoder = HanEncoder(cuts, self._encode)
-            else:
-                self._has_given_up = True
+        cuts = HanCuts(self._ranks)
+        if len(cuts.unmergeable) <= _MOST_UNMERGEABLE:
+            self._encoder = HanEncoder(cuts, self._encode)
+        else:
+            self._has_given_up = True
 
 
 def is_mostly_han(text: str) -> bool:

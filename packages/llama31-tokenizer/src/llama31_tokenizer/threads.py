@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from llama31_tokenizer.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
-_GROUP_CHARS = 1 << 16  # a thread's share of work: long against the cost of handing it over, short against the whole
+# Characters of a thread's share of work: long against the cost of handing it over, short against the whole.
+_LEAST_GROUP, _MOST_GROUP, _GROUPS_PER_THREAD = 1 << 16, 1 << 18, 8
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | None) -> list[list[int]]:
@@ -72,7 +73,9 @@ def map_groups(
     threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
     if threads < 1:
         raise TokenizerError(f"num_threads is {threads}, expected 1 or more")
-    groups = [texts[span.start : span.stop] for span in _group(texts)]
+    num_chars = sum(map(len, texts))
+    share = num_chars // (threads * _GROUPS_PER_THREAD)
+    groups = [texts[span.start : span.stop] for span in _group(texts, min(max(share, _LEAST_GROUP), _MOST_GROUP))]
     done: list[list[Result]] = [[] for _ in groups]
     pending = iter(range(len(groups)))
 
@@ -85,7 +88,7 @@ def map_groups(
             raise
 
     others = min(threads, len(groups)) - 1
-    futures = tokenizer.workers.submit(drain, tokenizer, others, sum(map(len, texts))) if others > 0 else []
+    futures = tokenizer.workers.submit(drain, tokenizer, others, num_chars) if others > 0 else []
     try:
         drain(tokenizer)
     finally:
@@ -96,11 +99,11 @@ def map_groups(
     return [result for group in done for result in group]
 
 
-def _group(texts: Sequence[str]) -> Iterator[range]:
+def _group(texts: Sequence[str], num_chars: int) -> Iterator[range]:
     start = size = 0
     for index, text in enumerate(texts):
         size += len(text)
-        if size >= _GROUP_CHARS:
+        if size >= num_chars:
             yield range(start, index + 1)
             start, size = index + 1, 0
     if start < len(texts):
