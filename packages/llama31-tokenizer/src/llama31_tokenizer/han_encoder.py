@@ -10,7 +10,6 @@ Shapes: N UTF-16 code units of a text, S segments, M of them missing in the tabl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,7 @@ _Indexes = npt.NDArray[np.intp]
 
 
 class HanEncoder:
-    """Encodes any text, Chinese fast.
+    """Encodes any text, Chinese fast, in one thread at a time.
 
     Args:
         cuts: of the vocabulary.
@@ -40,7 +39,6 @@ class HanEncoder:
     def __init__(self, cuts: HanCuts, encode: Callable[[str], list[int]]) -> None:
         self._cuts, self._encode = cuts, encode
         self._tables = [_Table(factor) for factor in _FACTORS]
-        self._lock = Lock()
         self._remember({BREAK: [_BREAK_ID]})
 
     def encode(self, texts: Sequence[str]) -> tuple[_Ids, npt.NDArray[np.int64]] | None:
@@ -107,10 +105,9 @@ class HanEncoder:
         for row, ids in zip(rows, short.values(), strict=True):
             row[: len(ids)] = ids
         keys = np.fromiter(short, np.uint64, len(short))
-        with self._lock:
-            for table in self._tables:
-                left_over = table.add(keys, rows)
-                keys, rows = keys[left_over], rows[left_over]
+        for table in self._tables:
+            left_over = table.add(keys, rows)
+            keys, rows = keys[left_over], rows[left_over]
 
 
 class _Table:
@@ -133,7 +130,7 @@ class _Table:
         first = first[self._keys[places] == 0]
         places = self._places(keys[first])
         self._rows[places] = rows[first]
-        self._keys[places] = keys[first]  # last: another thread may look up now
+        self._keys[places] = keys[first]
         left_over = np.ones(len(keys), np.bool_)
         left_over[first] = False
         return left_over

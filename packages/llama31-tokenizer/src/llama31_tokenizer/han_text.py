@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 FEWEST_CHARS = 1500  # of a call: for fewer, fifty calls of NumPy take longer than tiktoken
 _CHARS_PER_BUILD = 1_000_000  # of Chinese: from there on the cuts, 0.07 s and 7 MB, have paid for themselves
 _SAMPLES = 64
-# NumPy's steps are so short that two threads taking turns at Python's global lock are no faster than one, while tiktoken
-# works without it: so one thread cuts and looks up, and others leave their texts to tiktoken.
+# NumPy's steps are so short that two threads taking turns at Python's global lock are hardly faster than one, while
+# tiktoken works without it: so one thread cuts and looks up, and others leave their texts to tiktoken.
 _ONE_AT_A_TIME = Lock()
 _MOST_UNMERGEABLE = 16  # tokens that every text is searched for; Llama 3 has one
 
