@@ -99,8 +99,8 @@ def main() -> None:
     print(f"{len(ids)} tokens: largest difference {largest:.3f} of logits up to {np.abs(wide).max():.1f}, ", end="")
     print(f"RMS {rms:.5f} of theirs, the same likeliest token {same:.3f}")
     print(f"\n| | {' | '.join(f'{d}, ms' for d in DTYPES)} | bfloat16 to float32 |\n|---|---|---|---|")
-    work = {f"decode {b}, context {n}": decode(engines, b, n, 4 * args.rounds) for b, n in _DECODE}
-    work |= {f"prompt of {n}": prefill(engines, n, args.rounds) for n in _PROMPTS}
+    work = {f"prompt of {n}": prefill(engines, n, args.rounds) for n in _PROMPTS}
+    work |= {f"decode {b}, context {n}": decode(engines, b, n, 4 * args.rounds) for b, n in _DECODE}
     for name, (before, after) in work.items():
         ratio = statistics.median(b / a for a, b in zip(before, after, strict=True))
         medians = (f"{statistics.median(own) * 1e3:.2f}" for own in (before, after))
