@@ -37,7 +37,7 @@ struct TimedLayer : Layer<Matrix> {
     const LayerWeights &weights = this->weights_;
     this->Norm(weights.attention_norm), clock.Add(kNorms);
     this->ProjectHeads(), clock.Add(kHeads);
-    this->TurnAndStoreKeys(), clock.Add(kRotation);
+    this->TurnAndStore(), clock.Add(kRotation);
     this->AttendAll(), clock.Add(kAttention);
     this->Take(this->mixed_, in.q_width, in.q_width);
     this->ProjectAndAdd(weights.wo, in.q_width), clock.Add(kOut);

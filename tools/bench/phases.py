@@ -168,11 +168,12 @@ def costs(config: ModelConfig, runner: GraphRunner, arrays: Arrays) -> dict[str,
     def cells(part: str, name: str) -> list[Any]:
         return [getattr(getattr(block, part), name) for block in layers]
 
+    number = 2 * layers[0].attention.core.k_cache.itemsize  # keys and values
     seen, contexts = float((positions_BT + 1).sum()), float((positions_BT.max(axis=1) + 1).sum())
     head = runner.llama.lm_head or runner.llama.model.tok_embeddings
     return {
         PHASES[2]: scaled(product(rows, *(cells("attention", name) for name in ("wq", "wk", "wv"))), config.dim),
-        PHASES[4]: Cost(4.0 * seen * q_width * len(layers), 2 * 4 * contexts * kv_width * len(layers)),
+        PHASES[4]: Cost(4.0 * seen * q_width * len(layers), number * contexts * kv_width * len(layers)),
         PHASES[5]: scaled(product(rows, cells("attention", "wo")), q_width),
         PHASES[6]: scaled(product(rows, *(cells("feed_forward", name) for name in ("w1", "w3"))), config.dim),
         PHASES[7]: scaled(product(rows, cells("feed_forward", "w2")), config.ffn_dim),

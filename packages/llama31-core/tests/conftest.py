@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -58,10 +59,11 @@ def build_runner() -> Callable[..., GraphRunner]:
         block_size: int = 8,
         num_host_blocks: int = 0,
         native: bool = False,
+        cache_dtype: ms.Type = ms.float32,
     ) -> GraphRunner:
         if native and not native_kernels_here():
             pytest.skip("no native kernels on this machine")
-        llama = Llama(config, lambda: PagedAttention(config, num_blocks, block_size))
+        llama = Llama(config, lambda: PagedAttention(config, num_blocks, block_size, cache_dtype))
         for name, parameter in llama.parameters_and_names():
             if not name.endswith("_cache"):
                 parameter.set_data(Tensor(weights[name]))

@@ -26,6 +26,7 @@ from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.inference.sampling_params import SamplingParams
 from llama31_core.inference.sum_runner import SumRunner
+from llama31_core.native_support import what_is_missing
 from llama31_core.training.checkpoints import AdapterFiles
 from llama31_core.training.lora import Lora
 
@@ -153,6 +154,14 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert len(read_lines(Path(other))) == 12
 
 
+@pytest.mark.skipif(what_is_missing() is not None, reason="the native kernels do not run here")
+def test_the_same_memory_holds_twice_the_blocks_of_bfloat16(model_dir: Path, runners: list[SumRunner]) -> None:
+    command = ["predict", str(model_dir), "--prompt", "x", "--max_tokens", "2", "--cache_memory_bytes", "40960"]
+    for dtype in ("float32", "bfloat16", "auto"):
+        assert main([*command, "--kv_cache_dtype", dtype]) == 0
+    assert [runner.num_blocks for runner in runners] == [40, 80, 40]  # the weights are float32
+
+
 def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     with Spool(tmp_path / "out", {}, overwrite=False), pytest.raises(ConfigError, match="another process is writing"):
         Spool(tmp_path / "out", {}, overwrite=False)
@@ -164,6 +173,7 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     [
         (["--prompt", "x" * 600], "exceed the 512 tokens"),
         (["--prompt", "x", "--block_size", "0"], "block_size is 0, allowed is an integer >= 1"),
+        (["--prompt", "x", "--kv_cache_dtype", "fp8"], "kv_cache_dtype is 'fp8', allowed are 'auto', 'float32', 'bfl"),
         (["--prompt", "x", "--top_p", "2"], "top_p is 2.0, allowed is in (0, 1]"),
         (["--prompt", "x", "--output", "y"], "--input and --output go together"),
         (["--prompt", "x", "--raw", "--system", "s"], "a raw prompt has no system message"),

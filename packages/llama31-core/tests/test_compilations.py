@@ -104,7 +104,7 @@ def run(engine: Engine, requests: Iterator[tuple[list[int], SamplingParams]]) ->
             assert output.error is None
 
 
-GUESSES = {"num_host_blocks": 40, "num_speculative_tokens": 3}
+GUESSES: dict[str, Any] = {"num_host_blocks": 40, "num_speculative_tokens": 3}
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,12 @@ GUESSES = {"num_host_blocks": 40, "num_speculative_tokens": 3}
         ("native", {}, False),
         ("native", GUESSES, False),
         ("native", GUESSES, True),
+        ("native", {**GUESSES, "kv_cache_dtype": "bfloat16"}, True),
     ],
 )
 def test_nothing_is_compiled_after_the_warm_up(
     kernels: str,
-    options: dict[str, int],
+    options: dict[str, Any],
     drafts: bool,
     model_dirs: tuple[Path, Path],
     compilations: list[str],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,7 @@ class EngineMachine(RuleBasedStateMachine):
         num_speculative_tokens=st.sampled_from([0, 3]),
         num_stages=st.sampled_from([1, 1, 2, 3]),
     )
-    def start(self, num_blocks: int, num_host_blocks: int, num_stages: int, **options: int) -> None:
+    def start(self, num_blocks: int, num_host_blocks: int, num_stages: int, **options: Any) -> None:
         self.now_s = 0.0
         sizes = (VOCAB, num_blocks, 4, num_host_blocks)
         self.may_fail = num_stages == 1  # what fails on a rank ends all of them

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import mindspore as ms
 import numpy as np
@@ -16,6 +18,7 @@ from llama31_core.config import ModelConfig
 from llama31_core.errors import CheckpointError, ConfigError
 from llama31_core.inference import engine_plan
 from llama31_core.inference.batch import ForwardInput
+from llama31_core.inference.cache_dtype import KvCacheDtype
 from llama31_core.inference.cache_plan import plan_cache
 from llama31_core.inference.engine import Engine
 from llama31_core.inference.engine_plan import EnginePlan
@@ -53,9 +56,9 @@ def on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_in_sixteen_bits_are_counted_and_kept_so(save: Save) -> None:
     path = save("bf16")
     plan = Engine.plan(path, OPTIONS)
-    assert plan.precision == Precision("bfloat16", "float32")
+    assert plan.precision == Precision("bfloat16", "float32", "bfloat16")
     assert plan.cache.weight_bytes == 2 * CONFIG.num_parameters
-    assert plan.cache.block_bytes == 4 * BLOCK
+    assert plan.cache.block_bytes == 2 * BLOCK
     engine = Engine.from_plan(plan, path)
     assert len(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
     runner = GraphRunner.from_pretrained(path, CONFIG, plan.cache, plan.options, plan.precision)
@@ -76,6 +79,82 @@ def test_everything_else_is_float32_on_a_cpu(why: str, save: Save, monkeypatch: 
     plan = Engine.plan(path, options)
     assert plan.precision == Precision()
     assert plan.cache.weight_bytes >= 4 * CONFIG.num_parameters
+
+
+@pytest.mark.parametrize("kernels", ["native", "portable"])
+@pytest.mark.parametrize("asked", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["fp32", "bf16"])
+def test_what_a_plan_counts_is_what_both_caches_take(
+    stored: str, asked: Any, kernels: str, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, options = save(stored), EngineOptions(num_blocks=8, num_host_blocks=3, kv_cache_dtype=asked)
+    if kernels == "portable":
+        monkeypatch.setenv("LLAMA31_NATIVE_KERNELS", "0")
+    elif what_is_missing() is not None:
+        pytest.skip("no native kernels on this machine")
+    if (kernels, asked) == ("portable", "bfloat16"):
+        with pytest.raises(ConfigError, match=r"'bfloat16', allowed with the portable kernels .* 'auto' and 'float32'"):
+            Engine.plan(path, options)
+        return
+    plan = Engine.plan(path, options)
+    is_small = asked == "bfloat16" or (kernels, asked, stored) == ("native", "auto", "bf16")
+    assert plan.precision.cache_dtype == ("bfloat16" if is_small else "float32")
+    assert plan.cache.block_bytes == (2 if is_small else 4) * BLOCK
+    runner = GraphRunner.from_pretrained(path, CONFIG, plan.cache, plan.options, plan.precision)
+    cached = [parameter for name, parameter in runner.llama.parameters_and_names() if name.endswith("_cache")]
+    assert sum(cache.nbytes for cache in cached) == 8 * plan.cache.block_bytes
+    assert runner._blocks._host.nbytes == 3 * plan.cache.block_bytes
+
+
+@pytest.mark.skipif(what_is_missing() is not None, reason="the native kernels do not run here")
+def test_the_same_memory_holds_twice_the_tokens(save: Save) -> None:
+    path = save("bf16")
+    sizes = [
+        Engine.plan(path, EngineOptions(cache_memory_bytes=40 * BLOCK, kv_cache_dtype=dtype)).cache.num_blocks
+        for dtype in get_args(KvCacheDtype)
+    ]
+    assert sizes == [20, 10, 20]
+
+
+@pytest.mark.parametrize("how", ["several ranks", "adapters"])
+def test_the_portable_kernels_of_ranks_and_adapters_keep_float32(how: str, save: Save) -> None:
+    path, num_ranks, max_loras = save("bf16"), 1 + (how == "several ranks"), int(how == "adapters")
+    options = EngineOptions(num_blocks=8, max_loras=max_loras)
+    plan = EnginePlan.for_weights(CONFIG, options, path, num_ranks=num_ranks)
+    assert plan.cache.block_bytes == 4 * BLOCK
+    asked = replace(options, kv_cache_dtype="bfloat16")
+    with pytest.raises(ConfigError, match=rf"write no bfloat16 there \({how} are theirs\)"):
+        EnginePlan.for_weights(CONFIG, asked, path, num_ranks=num_ranks)
+
+
+@pytest.mark.skipif(what_is_missing() is not None, reason="the native kernels do not run here")
+@pytest.mark.parametrize("asked", ["auto", "bfloat16"])
+def test_kernels_that_could_not_be_compiled_leave_float32_and_no_other_wish(
+    asked: Any, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save("bf16")
+    plan = Engine.plan(path, replace(OPTIONS, kv_cache_dtype=asked))
+    monkeypatch.setattr("llama31_core.inference.runner.native_kernels_here", lambda: False)
+    sizes = (CONFIG, plan.cache, plan.options, plan.precision)
+    if asked == "bfloat16":
+        with pytest.raises(ConfigError, match="could not be compiled"):
+            GraphRunner.from_pretrained(path, *sizes)
+    else:
+        runner = GraphRunner.from_pretrained(path, *sizes)
+        assert runner.llama.model.layers[0].attention.core.k_cache.dtype == ms.float32
+
+
+def test_another_type_of_the_cache_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype is 'fp8', allowed are 'auto', 'float32', 'bfloat16'"):
+        EngineOptions(kv_cache_dtype="fp8")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("on_ascend")
+def test_an_npu_keeps_keys_and_values_in_the_type_of_products(save: Save) -> None:
+    path = save("bf16")
+    assert Engine.plan(path, replace(OPTIONS, kv_cache_dtype="bfloat16")).cache.block_bytes == 2 * BLOCK
+    with pytest.raises(ConfigError, match="'float32', allowed with products in bfloat16 on Ascend is 'auto'"):
+        Engine.plan(path, replace(OPTIONS, kv_cache_dtype="float32"))
 
 
 @pytest.mark.usefixtures("on_ascend")
@@ -110,7 +189,8 @@ def test_a_budget_counts_what_is_there_and_names_the_knob() -> None:
     assert half.total_bytes <= 17 * GIB
     with pytest.raises(ConfigError) as error:
         plan_cache(config, EngineOptions(), available_bytes=17 * GIB)
-    assert "needs 30.92 GiB: 29.92 GiB of weights in float32, 1.00 GiB of cache (num_blocks=256)" in str(error.value)
+    sizes = "29.92 GiB of weights in float32, 1.00 GiB of float32 cache (num_blocks=256)"
+    assert f"needs 30.92 GiB: {sizes}" in str(error.value)
     assert "17.00 GiB are free; lower cache_memory_bytes, num_blocks" in str(error.value)
 
 

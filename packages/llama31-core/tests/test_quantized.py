@@ -33,6 +33,7 @@ from llama31_core.config import ModelConfig, Quantization
 from llama31_core.errors import CheckpointError, ConfigError
 from llama31_core.inference.batch import ForwardInput
 from llama31_core.inference.cache_plan import plan_cache
+from llama31_core.inference.engine import Engine
 from llama31_core.inference.options import EngineOptions
 from llama31_core.inference.runner import GraphRunner
 from llama31_core.inference.values import set_value
@@ -167,6 +168,7 @@ def test_models_on_both_cpu_kernels(
         }
     twin = runner_of(save(tmp_path / "bf16", plain, as_bf16))
     runner = runner_of(path)
+    assert Engine.plan(tmp_path / "few").precision.cache_dtype == "bfloat16"  # what follows has float32
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, 50, shape).tolist() for shape in ((1, 1), (1, 7), (4, 25))]
     found = [prefill(runner, batch) for batch in batches]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -19,7 +20,12 @@ from llama31_core.inference.sampling_params import SamplingParams
 CONFIG = ModelConfig(vocab_size=97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=128)
 Weights = dict[str, npt.NDArray[np.float32]]
 Build = Callable[..., GraphRunner]
-kinds = pytest.mark.parametrize("native", [False, True], ids=["portable", "native"])
+KINDS: dict[str, dict[str, Any]] = {
+    "portable": {},
+    "native": {"native": True},
+    "native, bfloat16 cache": {"native": True, "cache_dtype": ms.bfloat16},
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture
@@ -29,8 +35,8 @@ def build(random_weights: Callable[..., Weights], build_runner: Build) -> Build:
 
 
 @kinds
-def test_moved_blocks_hold_what_they_held(native: bool, build: Build) -> None:
-    runner = build(num_blocks=24, block_size=4, num_host_blocks=6, native=native)
+def test_moved_blocks_hold_what_they_held(kind: dict[str, Any], build: Build) -> None:
+    runner = build(num_blocks=24, block_size=4, num_host_blocks=6, **kind)
     prompts = np.random.default_rng(1).integers(0, 97, (2, 11)).tolist()
     tables = [[1, 2, 3], [4, 5, 6]]
     runner.forward(ForwardInput([prompt[:10] for prompt in prompts], [0, 0], tables, [1, 1]))
@@ -51,13 +57,13 @@ def test_moved_blocks_hold_what_they_held(native: bool, build: Build) -> None:
     np.testing.assert_array_equal(last_logits([2, 1, 23], [20, 8, 9]), want)
     caches = [p for name, p in runner.llama.parameters_and_names() if name.endswith("_cache")]
     for cache in caches:
-        blocks = cache.asnumpy().reshape(24, -1)
+        blocks = cache.astype(ms.float32).asnumpy().reshape(24, -1)
         assert not blocks[[3, 4, 5, 6, 10, 11]].any()
         assert blocks[[0, 1, 2, 7, 8, 9, 20, 23]].any(1).all()
 
 
 @kinds
-def test_completions_are_the_same_through_swapping_and_copies(native: bool, build: Build) -> None:
+def test_completions_are_the_same_through_swapping_and_copies(kind: dict[str, Any], build: Build) -> None:
     prompts = np.random.default_rng(2).integers(0, 97, (5, 10)).tolist()
     params = [
         SamplingParams(24, temperature=0, ignore_eos=True),
@@ -68,7 +74,7 @@ def test_completions_are_the_same_through_swapping_and_copies(native: bool, buil
     ]
 
     def complete(num_blocks: int, num_host_blocks: int) -> tuple[list[list[int]], Engine]:
-        runner = build(num_blocks=num_blocks, block_size=4, num_host_blocks=num_host_blocks, native=native)
+        runner = build(num_blocks=num_blocks, block_size=4, num_host_blocks=num_host_blocks, **kind)
         engine = Engine(CONFIG, runner, EngineOptions(max_batch_size=12, max_prefill_tokens=16, max_seq_len=40))
         return [completion.token_ids for completion in engine.generate(prompts, params)], engine
 
@@ -80,12 +86,12 @@ def test_completions_are_the_same_through_swapping_and_copies(native: bool, buil
 
 
 @kinds
-def test_a_seed_gives_the_same_tokens_whatever_else_runs(native: bool, build: Build) -> None:
+def test_a_seed_gives_the_same_tokens_whatever_else_runs(kind: dict[str, Any], build: Build) -> None:
     """Alone, in a crowd that comes and goes, in chunks of another size, and with guesses."""
     rng = np.random.default_rng(3)
     mine = rng.integers(0, 97, 33).tolist()
     params = SamplingParams(30, seed=11, temperature=1.3, top_p=0.95, n=2, ignore_eos=True)
-    runner = build(num_blocks=100, block_size=4, native=native)
+    runner = build(num_blocks=100, block_size=4, **kind)
 
     def complete(crowd: int, **options: Any) -> dict[int, list[int]]:
         engine = Engine(CONFIG, runner, EngineOptions(max_batch_size=10, **options))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -72,25 +73,34 @@ def test_free_draws_follow_the_models_distribution(build_proposer: Callable[[], 
 
 
 @pytest.mark.parametrize(
-    ("proposes", "native"),
-    [("prompt lookup", False), ("prompt lookup", True), ("another model", True), ("the model itself", True)],
+    ("proposes", "native", "cache_dtype"),
+    [
+        ("prompt lookup", False, ms.float32),
+        ("prompt lookup", True, ms.float32),
+        ("another model", True, ms.float32),
+        ("another model", True, ms.bfloat16),
+        ("the model itself", True, ms.float32),
+        ("the model itself", True, ms.bfloat16),
+    ],
 )
 def test_completions_are_the_same_token_for_token(
     proposes: str,
     native: bool,
+    cache_dtype: ms.Type,
     random_weights: Callable[..., dict[str, Floats]],
     build_runner: Callable[..., GraphRunner],
 ) -> None:
     """With penalties, bans and prompts that repeat themselves."""
     config = ModelConfig.build("test", vocab_size=61, **SIZES | {"dim": 32, "n_heads": 4, "n_kv_heads": 2})
     weights = random_weights(config)
-    runner = build_runner(config, weights, 60, 4, native=native)
+    kind = {"native": native, "cache_dtype": cache_dtype}
+    runner = build_runner(config, weights, 60, 4, **kind)
     rng = np.random.default_rng(7)
     proposer: Proposer = NgramProposer()
     if proposes != "prompt lookup":
         spread = 0.05 if proposes == "another model" else 0.0
         disturbed = {name: value * rng.normal(1, spread, value.shape).astype("f") for name, value in weights.items()}
-        proposer = DraftModelProposer(build_runner(config, disturbed, 60, 4, native=native), runner)
+        proposer = DraftModelProposer(build_runner(config, disturbed, 60, 4, **kind), runner)
     prompts = [[*rng.integers(0, 61, 6).tolist()] * 3 for _ in range(5)]
     more: list[dict[str, Any]] = [
         {"temperature": 0},

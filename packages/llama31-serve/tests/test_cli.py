@@ -112,6 +112,7 @@ def test_start_with_the_port_taken(capsys: pytest.CaptureFixture[str], model_dir
         (("--max_running", "0"), "--max_running is 0"),
         (("--max_seq_len", "100000"), "max_seq_len is 100000, allowed is 1 to"),
         (("--block_size", "0"), "block_size is 0, allowed is an integer >= 1"),
+        (("--kv_cache_dtype", "fp8"), "kv_cache_dtype is 'fp8', allowed are 'auto', 'float32', 'bfloat16'"),
         (("--drain_timeout_s", "-1"), "--drain_timeout_s is -1"),
     ],
 )

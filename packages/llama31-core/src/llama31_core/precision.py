@@ -1,4 +1,4 @@
-"""Which number types weights and products have: what a run file asks for and a device in, `Precision` out."""
+"""Which number types weights, products and cache have: what a run file asks for and a device in, `Precision` out."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ class Precision:
         param: of the weights that are matrices (MindFormers' param_init_type).
         compute: of products and of what flows between layers (compute_dtype). Norms, rotary angles, softmax and
             logits are computed in float32.
+        cache: of keys and values; that of products if None.
     """
 
     param: DtypeName = "float32"
     compute: DtypeName = "float32"
+    cache: DtypeName | None = None
 
     @property
     def param_bytes(self) -> int:
@@ -31,8 +33,18 @@ class Precision:
 
     @property
     def compute_bytes(self) -> int:
-        """Of a number in the cache."""
+        """Of a number that flows between layers."""
         return _BYTES[self.compute]
+
+    @property
+    def cache_dtype(self) -> DtypeName:
+        """Of keys and values."""
+        return self.cache or self.compute
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of a number in the cache."""
+        return _BYTES[self.cache_dtype]
 
     @classmethod
     def on(cls, device_target: str, *, param: DtypeName = "bfloat16", compute: DtypeName = "bfloat16") -> Precision:

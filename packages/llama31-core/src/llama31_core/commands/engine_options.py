@@ -29,6 +29,7 @@ _FLAGS = {
     "max_prefill_tokens": "prompt tokens computed in one step (512)",
     "num_speculative_tokens": "tokens guessed ahead (0)",
 }
+_CACHE_TYPE = "type of keys and values: float32, bfloat16, or auto, which follows the weights (auto)"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     for name, text in _FLAGS.items():
         group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    group.add_argument("--kv_cache_dtype", default="auto", metavar="TYPE", help=_CACHE_TYPE)
     group.add_argument("--draft_model", type=Path, metavar="DIR", help="a smaller model that guesses the tokens")
     text = "a PEFT adapter to load; repeatable with names, DIR alone is used for all that is asked"
     group.add_argument("--lora", action="append", default=[], type=_as_lora, metavar="[NAME=]DIR", help=text)
@@ -115,16 +117,16 @@ def plan_engine(arguments: argparse.Namespace, source: ModelSource, **more: int)
     slots = {"max_loras": len(adapters), "max_lora_rank": max(a.rank for a in adapters.values())} if adapters else {}
     if "cache_memory_bytes" in given:
         more.pop("num_blocks", None)  # both say how large the cache is
-    options = EngineOptions(**{**more, **slots, **given})
+    options = EngineOptions(kv_cache_dtype=arguments.kv_cache_dtype, **{**more, **slots, **given})
     for adapter in adapters.values():
         check_fits(adapter, adaptable_shapes(source.config), options.max_lora_rank)
-    plan = EnginePlan.for_weights(source.config, options, source.weights, source.precision)
+    ranks = source.parallel.world_size
+    plan = EnginePlan.for_weights(source.config, options, source.weights, source.precision, num_ranks=ranks)
     if arguments.draft_model is not None:
         plan.for_draft(arguments.draft_model)
-    several = source.parallel.world_size > 1
-    if several and (adapters or arguments.draft_model is not None):
+    if ranks > 1 and (adapters or arguments.draft_model is not None):
         what = "--lora" if adapters else "--draft_model"
-        raise ConfigError(f"{what} is for one device, {source.run_file} asks for {source.parallel.world_size}")
+        raise ConfigError(f"{what} is for one device, {source.run_file} asks for {ranks}")
     setup = EngineSetup(
         plan, source.weights, source.tokenizer, adapters, arguments.draft_model, source.parallel, source.run_file
     )

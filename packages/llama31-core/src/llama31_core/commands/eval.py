@@ -85,7 +85,7 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--tasks needs the lm-evaluation-harness ({error}): pip install lm-eval") from error
     tokenizer = Tokenizer.from_pretrained(arguments.model_dir)
     adapter = None if arguments.lora is None else read_adapter(arguments.lora)
-    slots = {} if adapter is None else {"max_loras": 1, "max_lora_rank": adapter.rank}
+    slots: dict[str, Any] = {} if adapter is None else {"max_loras": 1, "max_lora_rank": adapter.rank}
     with importing_mindspore():
         import mindspore  # noqa: F401
     engine = Engine.from_pretrained(arguments.model_dir, EngineOptions(max_batch_size=arguments.batch_size, **slots))

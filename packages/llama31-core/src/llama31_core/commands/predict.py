@@ -116,6 +116,7 @@ def predict_file(
     described |= {name: repr(getattr(arguments, name)) for name in ("raw", "system", "adapter", "stop")}
     described["add_bos_token"] = repr(encoder.add_bos_token)
     described["max_seq_len"] = setup.plan.cache.max_seq_len
+    described["cache_dtype"] = setup.plan.precision.cache_dtype
     batch = Batch(arguments.input, arguments.output, reader, arguments.strict, arguments.overwrite, described)
     with batch.open_spool() as spool:
         num_records, rejects = batch.check()

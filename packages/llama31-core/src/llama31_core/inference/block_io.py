@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from llama31_core.checkpoint.dtypes import Array
 from llama31_core.inference.batch import BlockMove
+from llama31_core.inference.values import numpy_dtype
 
 _Indexes = npt.NDArray[np.int32]
 
@@ -59,7 +61,7 @@ class BlockIO:
     """Moves blocks of a cache.
 
     Args:
-        caches: of every layer, all of one shape.
+        caches: of every layer, all of one shape and type.
         num_blocks: on the device.
         num_host_blocks: on the host.
     """
@@ -68,7 +70,7 @@ class BlockIO:
         shape = caches[0].shape
         self._rows_per_block = shape[0] // num_blocks
         self._block_shape = (len(caches), self._rows_per_block, *shape[1:])
-        self._host = np.zeros((num_host_blocks, *self._block_shape), np.float32)
+        self._host = np.zeros((num_host_blocks, *self._block_shape), numpy_dtype(caches[0]))
         self._copy, self._read, self._write = _Copy(caches), _Read(caches), _Write(caches)
         any_rows = Tensor(shape=[None], dtype=ms.int32)
         self._copy.set_inputs(any_rows, any_rows)
@@ -90,8 +92,8 @@ class BlockIO:
                 else:
                     self._put(targets, np.zeros((len(batch), *self._block_shape), np.float32))
 
-    def _put(self, targets: list[int], blocks: npt.NDArray[np.float32]) -> None:
-        rows = np.moveaxis(blocks, 0, 1).reshape(self._block_shape[0], -1, *self._block_shape[2:])
+    def _put(self, targets: list[int], blocks: Array) -> None:
+        rows = np.moveaxis(blocks.astype(np.float32), 0, 1).reshape(self._block_shape[0], -1, *self._block_shape[2:])
         self._write(Tensor(self._rows(targets)), Tensor(np.ascontiguousarray(rows)))
 
     def _rows(self, blocks: list[int]) -> _Indexes:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
-import numpy.typing as npt
 from mindspore import Parameter
 
+from llama31_core.checkpoint.dtypes import Array
 from llama31_core.inference.batch import BlockMove
-
-_Floats = npt.NDArray[np.float32]
+from llama31_core.inference.values import numpy_dtype
 
 
 class BlockMemory:
     """Moves blocks as `BlockIO` does, of caches that no graph writes, so that they stay where they are.
 
     Args:
-        caches: of every layer, float32, all of one shape.
+        caches: of every layer, all of one shape and type.
         num_blocks: of a cache.
         num_host_blocks: kept beside it.
     """
@@ -25,7 +24,7 @@ class BlockMemory:
     def __init__(self, caches: list[Parameter], num_blocks: int, num_host_blocks: int) -> None:
         self._held = caches  # whose memory the arrays below are, without owning it
         self._caches = [_memory(cache).reshape(num_blocks, -1) for cache in caches]
-        self._host = np.zeros((len(caches), num_host_blocks, self._caches[0].shape[1]), np.float32)
+        self._host = np.zeros((len(caches), num_host_blocks, self._caches[0].shape[1]), self._caches[0].dtype)
 
     def move(self, moves: list[BlockMove]) -> None:
         """Carry out moves in their order."""
@@ -41,6 +40,6 @@ class BlockMemory:
                     cache[move.target] = 0
 
 
-def _memory(cache: Parameter) -> _Floats:
-    first = ctypes.cast(cache.data_ptr(), ctypes.POINTER(ctypes.c_float))
-    return np.ctypeslib.as_array(first, cache.shape)
+def _memory(cache: Parameter) -> Array:
+    memory = (ctypes.c_uint8 * cache.nbytes).from_address(cache.data_ptr())
+    return np.frombuffer(memory, numpy_dtype(cache)).reshape(cache.shape)

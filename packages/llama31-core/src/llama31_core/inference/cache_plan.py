@@ -59,7 +59,7 @@ def plan_cache(
     Args:
         config: the model.
         options: the wanted sizes.
-        precision: number types of weights and cache.
+        precision: number types of weights, products and cache.
         available_bytes: memory that weights and caches must fit into; None does not check it.
 
     Raises:
@@ -68,7 +68,7 @@ def plan_cache(
     """
     if config.quantization is not None and options.max_loras:
         raise ConfigError(f"max_loras is {options.max_loras}, allowed with a quantised model is 0")
-    block_bytes = block_size_bytes(config, options.block_size, precision.compute_bytes)
+    block_bytes = block_size_bytes(config, options.block_size, precision.cache_bytes)
     num_blocks = options.num_blocks
     if num_blocks is None:
         budget = options.cache_memory_bytes or DEFAULT_CACHE_BYTES
@@ -94,7 +94,7 @@ def plan_cache(
         raise ConfigError(
             f"the model needs {gib(plan.total_bytes)}: {gib(plan.weight_bytes)} of weights in "
             f"{_weights_are(config, precision)}, "
-            f"{gib(num_blocks * block_bytes)} of cache (num_blocks={num_blocks}) and "
+            f"{gib(num_blocks * block_bytes)} of {precision.cache_dtype} cache (num_blocks={num_blocks}) and "
             f"{gib(plan.num_host_blocks * block_bytes)} of host cache (num_host_blocks={plan.num_host_blocks}), but "
             f"{gib(available_bytes)} are free; lower cache_memory_bytes, num_blocks or num_host_blocks, take a "
             f"smaller model or a machine with more memory"

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llama31_core.checkpoint.read_ahead import read_ahead
 from llama31_core.config import ModelConfig
@@ -111,7 +112,7 @@ class Engine:
                 given and one of the others too.
             CheckpointError: the weights are missing, damaged or of another shape.
         """
-        sizes = {"max_seq_len": max_seq_len, "num_blocks": num_blocks, "block_size": block_size}
+        sizes: dict[str, Any] = {"max_seq_len": max_seq_len, "num_blocks": num_blocks, "block_size": block_size}
         sizes |= {"max_batch_size": max_batch_size, "max_prefill_tokens": max_prefill_tokens}
         given = {name: value for name, value in sizes.items() if value is not None}
         if options is not None and given:

@@ -12,6 +12,7 @@ from llama31_core.checkpoint.quantized import check_stored
 from llama31_core.config import ModelConfig
 from llama31_core.device import device_target
 from llama31_core.errors import ConfigError
+from llama31_core.inference.cache_dtype import check_ascend, cpu_cache_dtype
 from llama31_core.inference.cache_plan import CachePlan, available_memory_bytes, gib, plan_cache
 from llama31_core.inference.limits import RequestLimits
 from llama31_core.inference.options import EngineOptions
@@ -35,6 +36,8 @@ class EnginePlan:
     def make(cls, config: ModelConfig, options: EngineOptions, precision: Precision = _FLOAT32) -> EnginePlan:
         """Size the cache for the memory that is free; what an NPU has is not known here and not checked.
 
+        Keys and values have the type that `precision` says, whatever the options do.
+
         Raises:
             ConfigError: see `plan_cache`.
         """
@@ -43,7 +46,13 @@ class EnginePlan:
 
     @classmethod
     def for_weights(
-        cls, config: ModelConfig, options: EngineOptions, weights: Path, asked: Precision | None = None
+        cls,
+        config: ModelConfig,
+        options: EngineOptions,
+        weights: Path,
+        asked: Precision | None = None,
+        *,
+        num_ranks: int = 1,
     ) -> EnginePlan:
         """The plan of a checkpoint, whose tensors are looked at and not read.
 
@@ -52,19 +61,27 @@ class EnginePlan:
             options: the wanted sizes.
             weights: model directory or weight file.
             asked: number types on Ascend, of a run file for instance; bfloat16 if None.
+            num_ranks: over which the model is split.
 
         Raises:
-            ConfigError: see `plan_cache`.
+            ConfigError: see `plan_cache`; a type of the cache that what computes here does not have.
             CheckpointError: the weights are missing, damaged or of another shape.
         """
         with open_weights(weights) as opened:
             check_stored(opened, config)
             stored = {opened.dtype(name) for name in opened.names() if "norm" not in name}
         if device_target() == "Ascend":
-            return cls.make(config, options, asked or Precision.on("Ascend"))
+            precision = asked or Precision.on("Ascend")
+            check_ascend(options.kv_cache_dtype, precision)
+            return cls.make(config, options, precision)
         # As the runner has it: the native kernels take bfloat16 weights as they are, the portable ones know float32.
         keeps = stored == {"bfloat16"} and options.max_loras == 0 and what_is_missing() is None
-        return cls.make(config, options, Precision("bfloat16" if keeps else "float32", "float32"))
+        cache = cpu_cache_dtype(
+            options.kv_cache_dtype,
+            has_small_weights=keeps or config.quantization is not None,
+            why_portable=_why_portable(options, num_ranks),
+        )
+        return cls.make(config, options, Precision("bfloat16" if keeps else "float32", "float32", cache))
 
     def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse what the engine would refuse.
@@ -111,3 +128,10 @@ class EnginePlan:
                 "lower num_blocks or cache_memory_bytes, or leave out the draft model"
             )
         return plan
+
+
+def _why_portable(options: EngineOptions, num_ranks: int) -> str | None:
+    """Why the portable kernels compute on a CPU, in one sentence; None if the native ones do."""
+    if options.max_loras:
+        return "adapters are theirs"
+    return "several ranks are theirs" if num_ranks > 1 else what_is_missing()

@@ -28,12 +28,13 @@ class NativeLlama:
     """Runs the parameters of a model that was built with `PagedAttention` over slots (num_blocks * block_size, K, D).
 
     A row of its results does not depend on the other rows of a batch, nor on how a prompt is cut into chunks, to the
-    last bit. Products take activations rounded to the weights' type and add up in float32. The kernels are called by
-    themselves: as an operator in a graph of MindSpore's each call would cost 4 ms more.
+    last bit. Products take activations rounded to the weights' type and add up in float32; keys and values are rounded
+    to the cache's type when they are written. The kernels are called by themselves: as an operator in a graph of
+    MindSpore's each call would cost 4 ms more.
 
     Args:
-        llama: holds the parameters; matrices all in float32 or all in bfloat16, or quantised; norms and caches in
-            float32.
+        llama: holds the parameters; matrices all in float32 or all in bfloat16, or quantised; caches all in float32 or
+            all in bfloat16; norms in float32.
 
     Raises:
         NativeKernelsError: not on this machine.

@@ -22,6 +22,7 @@ from llama31_core.config import ModelConfig
 from llama31_core.inference.batch import BlockMove, ForwardInput
 from llama31_core.inference.block_io import BlockIO
 from llama31_core.inference.block_memory import BlockMemory
+from llama31_core.inference.cache_dtype import cpu_cache_dtype
 from llama31_core.inference.cache_plan import CachePlan
 from llama31_core.inference.graph_input import graph_input, wanted_rows
 from llama31_core.inference.native_llama import NativeLlama
@@ -36,6 +37,7 @@ from llama31_core.model.quantized import QuantizedLayers
 from llama31_core.precision import Precision
 
 _LOG = logging.getLogger(__name__)
+_NOT_COMPILED = "the native ones could not be compiled, see the warning"
 
 
 class _WantedLogits(nn.Cell):  # type: ignore[misc]
@@ -98,11 +100,17 @@ class GraphRunner:
         Where everything is computed in float32, which a CPU does, the native kernels run it if they can; the portable
         ones, which serve any CPU and adapters, take float32 weights alone. `options` say whether there are slots for
         adapters.
+
+        Raises:
+            ConfigError: a cache in bfloat16 is asked for and the portable kernels have to serve.
+            CheckpointError: the weights are missing, damaged or of another shape.
         """
         native = precision.compute == "float32" and not options.max_loras and native_kernels_here()
         if precision.compute == "float32" and not native:
+            cpu_cache_dtype(options.kv_cache_dtype, has_small_weights=False, why_portable=_NOT_COMPILED)
             precision = Precision()
-        param, compute = (getattr(ms, name) for name in (precision.param, precision.compute))
+        names = (precision.param, precision.compute, precision.cache_dtype)
+        param, compute, cache = (getattr(ms, name) for name in names)
         lora = None
         if options.max_loras:
             lora = LoraLayers(options.max_loras, options.max_lora_rank, options.max_batch_size, param)
@@ -111,7 +119,7 @@ class GraphRunner:
             layers = QuantizedLayers(config.quantization)
         with no_init_parameters():
             llama = Llama(
-                config, lambda: PagedAttention(config, plan.num_blocks, plan.block_size, compute), layers, compute
+                config, lambda: PagedAttention(config, plan.num_blocks, plan.block_size, cache), layers, compute
             )
         load_parameters(llama, model_dir, config)
         return cls(llama, plan.num_blocks, plan.block_size, plan.num_host_blocks, lora, native)

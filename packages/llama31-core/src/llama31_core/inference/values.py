@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from llama31_core.checkpoint.dtypes import Array
+from llama31_core.checkpoint.dtypes import BY_MINDSPORE, Array
 
 
 def set_value(parameter: ms.Parameter, values: Array) -> None:
@@ -27,9 +28,14 @@ def caches(model: nn.Cell) -> Iterator[ms.Parameter]:
 
 
 def clear_caches(model: nn.Cell) -> None:
-    """Give the caches zeros; one in float32 takes memory as it is written."""
+    """Give the caches zeros; one takes memory as it is written."""
     for cache in caches(model):
-        set_value(cache, np.zeros(cache.shape, np.float32))
+        set_value(cache, np.zeros(cache.shape, numpy_dtype(cache)))
+
+
+def numpy_dtype(parameter: ms.Parameter) -> np.dtype[Any]:
+    """NumPy's name of a parameter's type."""
+    return BY_MINDSPORE[str(parameter.dtype)].numpy
 
 
 def is_cache(name: str) -> bool:

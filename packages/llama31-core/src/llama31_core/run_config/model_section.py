@@ -127,7 +127,7 @@ class PredictModelSection(ModelSection):
     top_p: float = Field(default=1.0, gt=0, le=1)
     do_sample: bool = True
 
-    def engine_values(self) -> dict[str, int]:
+    def engine_values(self) -> dict[str, Any]:
         """Arguments of `EngineOptions`."""
         return {"block_size": self.block_size, "num_blocks": self.num_blocks, "max_seq_len": self.seq_length}
 

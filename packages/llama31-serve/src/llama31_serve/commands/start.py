@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_batch_size", type=int, help="most sequences in one step (default: the engine's)")
     parser.add_argument("--num_blocks", type=int, help="blocks of the KV cache (default: the engine's)")
     parser.add_argument("--block_size", type=int, help="tokens per block of the KV cache (default: the engine's)")
+    parser.add_argument(
+        "--kv_cache_dtype",
+        metavar="TYPE",
+        help="of the KV cache: float32, bfloat16, or auto, which follows the weights (default: auto)",
+    )
     parser.add_argument("--max_loras", type=int, help="adapters that can be loaded at once (default: none)")
     parser.add_argument("--max_lora_rank", type=int, help="largest rank of an adapter (default: the engine's, 16)")
     parser.add_argument("--access_log", type=Path, metavar="FILE", help="a JSON line a request; - is standard output")
@@ -93,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = model_files.find_model_files(settings.model_dir)
     # What cannot work is said before weights load.
     engine_options, notes = core_engine.fit_caches(files.directory, files.weights, settings)
-    plan = core_engine.plan_engine(files.directory, files.weights, engine_options)
+    plan = core_engine.plan_engine(files.directory, files.weights, engine_options, settings.tensor_parallel)
     device, dtype = core_engine.describe(files.directory)
     options = replace(settings.options, device_type=device, model_dtype=dtype)
     _warn(arguments.config, (*settings.notes, *notes))

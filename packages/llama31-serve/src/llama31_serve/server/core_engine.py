@@ -136,7 +136,7 @@ def fit_caches(model_dir: Path, weights: Path, settings: Settings) -> tuple[Engi
     if asked is None and not settings.host_cache_bytes:
         return options, notes
     least = replace(options, num_blocks=1, cache_memory_bytes=None, max_seq_len=None)
-    plan = plan_engine(model_dir, weights, least)
+    plan = plan_engine(model_dir, weights, least, settings.tensor_parallel)
     config, block_bytes = plan.config, plan.cache.block_bytes
     if asked is not None and not ASCEND.exists():
         batch, longest = options.max_batch_size or CoreOptions.max_batch_size, options.max_seq_len or config.max_seq_len
@@ -162,11 +162,14 @@ def describe(model_dir: Path) -> tuple[str, str | None]:
     return "npu" if ASCEND.exists() else "cpu", None if dtype is None else str(dtype)
 
 
-def plan_engine(model_dir: Path, weights: Path, options: EngineOptions) -> EnginePlan:
-    """What `load_engine` would build; no weights are read yet. Raises llama31_core's errors for what cannot work."""
+def plan_engine(model_dir: Path, weights: Path, options: EngineOptions, num_ranks: int = 1) -> EnginePlan:
+    """What `load_engine`, or so many ranks, would build; no weights are read yet.
+
+    Raises llama31_core's errors for what cannot work.
+    """
     chosen = {field.name: getattr(options, field.name) for field in fields(options)}
     sizes = CoreOptions(**{name: value for name, value in chosen.items() if value is not None})
-    return EnginePlan.for_weights(ModelConfig.from_pretrained(model_dir), sizes, weights)
+    return EnginePlan.for_weights(ModelConfig.from_pretrained(model_dir), sizes, weights, num_ranks=num_ranks)
 
 
 def load_engine(plan: EnginePlan, weights: Path) -> CoreEngine:

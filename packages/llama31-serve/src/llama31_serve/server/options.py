@@ -29,6 +29,7 @@ class EngineOptions:
     num_blocks: int | None = None
     block_size: int | None = None
     cache_memory_bytes: int | None = None
+    kv_cache_dtype: str | None = None
     num_host_blocks: int | None = None
     max_prefill_tokens: int | None = None
     max_prefill_batch_size: int | None = None

@@ -12,17 +12,20 @@ namespace llama31 {
 // The arguments, taken one after the other.
 class Arguments {
  public:
-  Arguments(void **params, int64_t **shapes) : params_(params), shapes_(shapes) {}
+  Arguments(void **params, int64_t **shapes, const char **dtypes)
+      : params_(params), shapes_(shapes), dtypes_(dtypes) {}
 
   bool is_quantized = false;  // then a matrix is three arguments
 
   const int64_t *shape() const { return shapes_[at_]; }  // of the next one
+  std::string dtype() const { return dtypes_[at_]; }
   int taken() const { return at_; }
   const int32_t *Ints() { return static_cast<const int32_t *>(params_[at_++]); }
-  float *Floats() { return static_cast<float *>(params_[at_++]); }
+  float *Floats() { return static_cast<float *>(Any()); }
+  void *Any() { return params_[at_++]; }
 
   Stored Matrix() {
-    const void *data = params_[at_++];
+    const void *data = Any();
     if (!is_quantized) return {data, nullptr, nullptr};
     const float *scales = Floats();
     return {data, scales, Floats()};
@@ -31,6 +34,7 @@ class Arguments {
  private:
   void **params_;
   int64_t **shapes_;
+  const char **dtypes_;
   int at_ = 0;
 };
 
@@ -45,7 +49,8 @@ inline LayerWeights TakeLayer(Arguments &arguments, Shapes &shapes) {
   shapes.ffn = arguments.shape()[0];
   layer.w1 = arguments.Matrix(), layer.w2 = arguments.Matrix(), layer.w3 = arguments.Matrix();
   shapes.kv_heads = arguments.shape()[1], shapes.width = arguments.shape()[2];
-  layer.keys = arguments.Floats(), layer.values = arguments.Floats();
+  layer.has_bf16_cache = arguments.dtype() == "bfloat16";
+  layer.keys = arguments.Any(), layer.values = arguments.Any();
   return layer;
 }
 
@@ -59,11 +64,11 @@ struct KindsOf {
 //
 // tokens, positions, slots (B, T), tables (B, M), wanted (N,), settings (3,), frequencies (D / 2,), norm_out (E,),
 // embedding (V, E), head (V, E); then of each layer attention_norm (E,), wq, wk, wv, wo, ffn_norm (E,), w1, w2, w3, key
-// and value cache (C, K, D); then the output, logits (N, V). A quantised matrix (quantized.h) is its numbers, scales and
-// biases. Returns 1 if the number of arguments is another one.
+// and value cache (C, K, D), float32 or bfloat16; then the output, logits (N, V). A quantised matrix (quantized.h) is its
+// numbers, scales and biases. Returns 1 if the number of arguments is another one.
 template <typename Use>
 int WithModel(int nparam, void **params, int64_t **shapes, const char **dtypes, const Use &use) {
-  Arguments arguments(params, shapes);
+  Arguments arguments(params, shapes, dtypes);
   arguments.is_quantized = std::string(dtypes[8]) == "int8";
   ModelInputs in{};
   in.shapes.batch = shapes[0][0], in.shapes.tokens = shapes[0][1], in.shapes.table_length = shapes[3][1];

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,7 +27,8 @@ struct LayerWeights {
   Stored wq, wk, wv, wo;
   const float *ffn_norm;
   Stored w1, w2, w3;
-  float *keys, *values;
+  void *keys, *values;  // (C, K, D), of bfloat16 or of float32
+  bool has_bf16_cache;
 };
 
 // What a pass has for all layers: cosines, then sines; where tokens stand and lie; eps, block_size and the
@@ -53,14 +55,15 @@ class Layer {
         group_(in.q_width / in.width / in.kv_heads),
         q_(Buffer<0>(rows_ * in.q_width)),
         k_(Buffer<1>(rows_ * in.kv_width)),
-        mixed_(Buffer<2>(rows_ * in.q_width)),
-        gated_(Buffer<3>(rows_ * 2 * in.ffn)),
+        v_(Buffer<2>(rows_ * in.kv_width)),
+        mixed_(Buffer<3>(rows_ * in.q_width)),
+        gated_(Buffer<4>(rows_ * 2 * in.ffn)),
         input_(OwnInputs()) {}
 
   void Run() {
     Norm(weights_.attention_norm);
     ProjectHeads();
-    TurnAndStoreKeys();
+    TurnAndStore();
     AttendAll();
     Take(mixed_, in_.q_width, in_.q_width);
     ProjectAndAdd(weights_.wo, in_.q_width);
@@ -106,7 +109,7 @@ class Layer {
     });
   }
 
-  // wq, wk and wv as if they were one matrix; values go straight into the cache.
+  // wq, wk and wv as if they were one matrix.
   void ProjectHeads() {
     const int64_t q_end = in_.q_width, k_end = q_end + in_.kv_width, all = k_end + in_.kv_width;
     ForWeightRows(all, [&](int64_t begin, int64_t end) {
@@ -118,18 +121,30 @@ class Layer {
       };
       part(0, q_end, weights_.wq, [&](int64_t m) { return q_ + m * in_.q_width; });
       part(q_end, k_end, weights_.wk, [&](int64_t m) { return k_ + m * in_.kv_width; });
-      part(k_end, all, weights_.wv, [&](int64_t m) { return weights_.values + step_.slots[m] * in_.kv_width; });
+      part(k_end, all, weights_.wv, [&](int64_t m) { return v_ + m * in_.kv_width; });
     });
   }
 
-  void TurnAndStoreKeys() {
+  // use(keys, values) of the cache in its type.
+  template <typename Use>
+  void WithCache(const Use &use) const {
+    if (weights_.has_bf16_cache) return use(static_cast<Bf16 *>(weights_.keys), static_cast<Bf16 *>(weights_.values));
+    use(static_cast<float *>(weights_.keys), static_cast<float *>(weights_.values));
+  }
+
+  // Turns queries and keys, and writes keys and values to the cache.
+  void TurnAndStore() {
     pool_.For(rows_, 8, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const float *cosine = step_.turns + r * in_.width / 2, *sine = cosine + rows_ * in_.width / 2;
         float *query = q_ + r * in_.q_width, *key = k_ + r * in_.kv_width;
         for (int64_t at = 0; at < in_.q_width; at += in_.width) Rotate(query + at, cosine, sine, in_.width);
         for (int64_t at = 0; at < in_.kv_width; at += in_.width) Rotate(key + at, cosine, sine, in_.width);
-        std::copy(key, key + in_.kv_width, weights_.keys + step_.slots[r] * in_.kv_width);
+        WithCache([&](auto *keys, auto *values) {
+          const int64_t at = step_.slots[r] * in_.kv_width;
+          Convert(key, keys + at, in_.kv_width);
+          Convert(v_ + r * in_.kv_width, values + at, in_.kv_width);
+        });
       }
     });
   }
@@ -153,8 +168,10 @@ class Layer {
         int64_t *offsets = Scratch(offsets_buffer, queries.longest);
         FindTokens(step_.tables + b * in_.table_length, queries.longest, static_cast<int64_t>(step_.settings[1]),
                    in_.kv_width, offsets);
-        const int64_t head = kv_head * in_.width;
-        Attend(queries, {weights_.keys + head, weights_.values + head, offsets, in_.width});
+        WithCache([&](const auto *keys, const auto *values) {
+          const int64_t head = kv_head * in_.width;
+          Attend(queries, Sequence<std::decay_t<decltype(*keys)>>{keys + head, values + head, offsets, in_.width});
+        });
       }
     });
   }
@@ -191,7 +208,7 @@ class Layer {
   const LayerWeights &weights_;
   float *x_;
   int64_t rows_, group_;
-  float *q_, *k_, *mixed_, *gated_;
+  float *q_, *k_, *v_, *mixed_, *gated_;
   Inputs &input_;
 };
 

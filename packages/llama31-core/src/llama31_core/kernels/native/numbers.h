@@ -1,4 +1,5 @@
-// The types that weights have, float32 and bfloat16: how a product loads and adds them, and from one to the other.
+// The types that weights and cache have, float32 and bfloat16: how a product loads and adds them, and from one to the
+// other.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,33 @@ namespace llama31 {
 struct Bf16 {
   uint16_t bits;
 };
+
+// Lanes of float32 from numbers of either type: all, or the first `count` and then zeros.
+inline Vector LoadWide(const float *p) { return Load(p); }
+inline Vector LoadWide(const float *p, int64_t count) { return Load(p, FirstLanes(count)); }
+
+#ifdef __AVX512F__
+
+inline Vector WidenLanes(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+inline Vector LoadWide(const Bf16 *p) { return WidenLanes(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
+inline Vector LoadWide(const Bf16 *p, int64_t count) {
+  return WidenLanes(_mm256_maskz_loadu_epi16(FirstLanes(count), p));
+}
+
+#else
+
+inline Vector LoadWide(const Bf16 *p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Vector LoadWide(const Bf16 *p, int64_t count) {
+  if (count >= kLanes) return LoadWide(p);
+  Bf16 some[kLanes] = {};
+  std::copy(p, p + count, some);
+  return LoadWide(some);
+}
+
+#endif
 
 // One step of K: how many elements, how to load them (the last step is masked) and how to multiply and add.
 template <typename T>
@@ -50,20 +78,14 @@ using Factor = float;
 template <>
 struct Lanes<Bf16> {
   static constexpr int kStep = kLanes;
-  static Vector Load(const Bf16 *p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-  }
-  static Vector Load(const Bf16 *p, int count) {
-    Bf16 some[kStep] = {};
-    std::copy(p, p + count, some);
-    return Load(some);
-  }
+  static Vector Load(const Bf16 *p) { return LoadWide(p); }
+  static Vector Load(const Bf16 *p, int count) { return LoadWide(p, count); }
 };
 
 #endif
 
-// Rows of float32 as the product takes them: as they are, or rounded to the nearest bfloat16.
+// Rows of float32 as a product or the cache takes them: as they are, or rounded to the nearest bfloat16, of two the even
+// one.
 inline void Convert(const float *from, float *to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
 
 #ifdef __AVX512BF16__
@@ -79,9 +101,19 @@ inline void Convert(const float *from, Bf16 *to, int64_t count) {
     _mm256_mask_storeu_epi16(to + i, mask, (__m256i)rounded);
   }
 }
+#else
+inline void Convert(const float *from, Bf16 *to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof(bits));
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    const uint32_t rounded = is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+    to[i].bits = static_cast<uint16_t>(rounded >> 16);
+  }
+}
 #endif
 
-// Rows of a weight's type as float32.
+// Rows of either type as float32.
 inline void Widen(const float *from, float *to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
 
 inline void Widen(const Bf16 *from, float *to, int64_t count) {
