@@ -37,6 +37,18 @@ def test_hf_names_read_as_canonical_ones(tensors: dict[str, Array], tmp_path: Pa
     _assert_reads(tmp_path, tensors)
 
 
+@pytest.mark.parametrize("index", [(), (slice(1, 40),), (slice(0, 0),)])
+def test_what_is_read_begins_at_a_cache_line(
+    index: tuple[slice, ...], tensors: dict[str, Array], tmp_path: Path
+) -> None:
+    save_weights(tmp_path, tensors.items())
+    with open_weights(tmp_path) as reader:
+        read = [reader.read_slice(name, index) for name in tensors for _ in range(3)]
+    assert [array.ctypes.data % 64 for array in read if array.size] == [0] * sum(array.size > 0 for array in read)
+    for number, array in enumerate(read):
+        np.testing.assert_array_equal(array, list(tensors.values())[number // 3][index])
+
+
 def test_fused_tensors_read_as_their_parts(tensors: dict[str, Array], tmp_path: Path) -> None:
     fused = dict(tensors)
     for n in range(CONFIG.n_layers):

@@ -86,7 +86,7 @@ class QuantizedMatrix : public StoredMatrix<Bits> {
  public:
   using Element = Bf16;
   using Inputs = PlainInputs<Bf16>;
-  static constexpr int kRows = kTileRows;
+  static constexpr int kRows = kTileRows, kStep = Lanes<Bf16>::kStep, kFetching = 1;
 
   using StoredMatrix<Bits>::StoredMatrix;
 

@@ -189,8 +189,8 @@ inline void Tile(const IntegerView &x, int64_t m, const Rows &rows, const Column
   for (int64_t begin = columns.begin; begin < columns.end; begin += x.section, ++section, left -= x.section) {
     if (left == 0) ++group, left = rows.group_size;
     __m256i whole[MR][4];
-    SumProducts<MR>(x.numbers + m * x.k, x.k, rows, begin, std::min(columns.end, begin + x.section), columns.fetches,
-                    whole);
+    SumProducts<MR>(x.numbers + m * x.k, x.k, rows, begin, std::min(columns.end, begin + x.section),
+                    columns.fetch_share > 0, whole);
     for (int i = 0; i < MR; ++i) {
       const float scale = x.scales[(m + i) * x.sections + section];
       for (int j = 0; j < 4; ++j) {
@@ -217,6 +217,7 @@ class QuantizedMatrix : public StoredMatrix<Bits> {
   using Element = int16_t;
   using Inputs = IntegerInputs<Bits>;
   static constexpr int kRows = 2;  // a product needs a register before it is added
+  static constexpr int kStep = kStep16, kFetching = 1;
 
   using StoredMatrix<Bits>::StoredMatrix;
 

@@ -18,9 +18,10 @@ struct StoredRows {
   const float *scales[4], *biases[4];
 
   // A step's share of the next four rows of k columns, or of later ones: short rows do not take as long as memory does.
-  void FetchNext(int64_t k, int64_t at, int64_t step) const {
+  void FetchNext(int64_t k, int64_t at, int64_t step) const { FetchLater(k, 4 * at, 4 * step); }
+  void FetchLater(int64_t k, int64_t from, int64_t share) const {
     const int64_t ahead = std::max(4 * k / Bits::kPerByte, kFetchAhead);
-    FetchLines(data[0] + ahead + 4 * at / Bits::kPerByte, 4 * step / Bits::kPerByte);
+    FetchLines(data[0] + ahead + from / Bits::kPerByte, share / Bits::kPerByte);
   }
 };
 
