@@ -36,6 +36,7 @@ from free_port import free_port
 _START_LIMIT_S = 180
 _TRIES = 3  # of a chat
 _ANSWER_LIMIT_S = 600
+_END = b"data: [DONE]"
 _TEXT, _USAGE = re.compile(rb'"content": ?"[^"]'), re.compile(rb'"completion_tokens": ?(\d+)')
 _SLOT_TOKENS = 1024  # of a chat, prompt and answer
 _TOPICS = ("rivers", "bread", "glaciers", "maps", "bridges", "honey", "clocks", "kites", "harbours", "looms")
@@ -120,13 +121,14 @@ async def load(address: str, model: str, concurrency: int, requests: int, tokens
             for _ in range(_TRIES):
                 try:
                     answer = await ask(address, model, question, tokens)
-                except ConnectionError:
-                    dropped += 1
+                except ConnectionError as error:
+                    dropped, last = dropped + 1, error
                 else:
                     made += answer.tokens
-                    first_ms.append(answer.first_token_ms)
+                    if answer.first_token_ms is not None:
+                        first_ms.append(answer.first_token_ms)
                     return
-        raise ConnectionError(f"{address}: a chat was dropped {_TRIES} times")
+        raise ConnectionError(f"a chat was dropped {_TRIES} times, at last: {last}")
 
     began_s = time.perf_counter()
     await asyncio.gather(*(chat(_QUESTIONS[number % len(_QUESTIONS)]) for number in range(requests)))
@@ -137,14 +139,15 @@ class Answer(NamedTuple):
     """One streamed chat as its client saw it."""
 
     tokens: int
-    first_token_ms: float
+    first_token_ms: float | None  # None if there was no text
 
 
 async def ask(address: str, model: str, question: str, tokens: int) -> Answer:
-    """One streamed chat over a connection of its own.
+    """One streamed chat over a connection of its own, whose server sends each event whole.
 
     Raises:
         ConnectionError: the server closed it before the end.
+        SystemExit: it answered with an error.
     """
     url = urlsplit(address)
     body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": tokens}
@@ -152,21 +155,25 @@ async def ask(address: str, model: str, question: str, tokens: int) -> Answer:
     content = json.dumps(body)
     head = f"POST {url.path}/chat/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
-    began_s, first_s, answer = time.perf_counter(), 0.0, b""
+    began_s, first_ms, answer = time.perf_counter(), None, b""
     async with asyncio.timeout(_ANSWER_LIMIT_S):
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
         try:
             writer.write((head + content).encode())
             while part := await reader.read(1 << 16):
                 answer += part
-                if not first_s and _TEXT.search(answer):
-                    first_s = time.perf_counter()
+                if first_ms is None and _TEXT.search(answer):
+                    first_ms = 1000 * (time.perf_counter() - began_s)
+                if _END in answer[-len(part) - len(_END) :]:
+                    break
         finally:
             writer.close()
+    if answer and not answer.startswith(b"HTTP/1.1 200"):
+        raise SystemExit(f"serve_peer: error: {address} answered {answer[:500].decode(errors='replace')}")
     usage = _USAGE.findall(answer)
-    if b"data: [DONE]" not in answer or not usage:
-        raise ConnectionError(f"{address} closed the connection after {answer[:300]!r}")
-    return Answer(int(usage[-1]), 1000 * (first_s - began_s))
+    if _END not in answer or not usage:
+        raise ConnectionError(f"{address} closed the connection after {answer[-300:]!r}")
+    return Answer(int(usage[-1]), first_ms)
 
 
 def measure(servers: list[Server], concurrencies: list[int], rounds: int, tokens: int) -> list[list[str]]:

@@ -123,7 +123,7 @@ def test_the_portable_kernels_of_ranks_and_adapters_keep_float32(how: str, save:
     plan = EnginePlan.for_weights(CONFIG, options, path, num_ranks=num_ranks)
     assert plan.cache.block_bytes == 4 * BLOCK
     asked = replace(options, kv_cache_dtype="bfloat16")
-    with pytest.raises(ConfigError, match=rf"write no bfloat16 there \({how} are theirs\)"):
+    with pytest.raises(ConfigError, match=rf"write no bfloat16 there \({how} run on these alone"):
         EnginePlan.for_weights(CONFIG, asked, path, num_ranks=num_ranks)
 
 
@@ -142,6 +142,18 @@ def test_kernels_that_could_not_be_compiled_leave_float32_and_no_other_wish(
     else:
         runner = GraphRunner.from_pretrained(path, *sizes)
         assert runner.llama.model.layers[0].attention.core.k_cache.dtype == ms.float32
+
+
+@pytest.mark.skipif(what_is_missing() is not None, reason="the native kernels do not run here")
+def test_kernels_that_could_not_be_compiled_take_no_more_memory(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save("bf16")
+    plan = Engine.plan(path, EngineOptions(cache_memory_bytes=40 * BLOCK))
+    assert plan.cache.num_blocks == 20
+    monkeypatch.setattr("llama31_core.inference.runner.native_kernels_here", lambda: False)
+    runner = GraphRunner.from_pretrained(path, CONFIG, plan.cache, plan.options, plan.precision)
+    assert (runner.num_blocks, plan.cache.block_bytes) == (10, 2 * BLOCK)
+    cached = [parameter for name, parameter in runner.llama.parameters_and_names() if name.endswith("_cache")]
+    assert sum(cache.nbytes for cache in cached) == 40 * BLOCK
 
 
 def test_another_type_of_the_cache_is_refused() -> None:

@@ -97,13 +97,13 @@ def test_every_han_character(encoder: HanEncoder, raw: tiktoken.Encoding) -> Non
     check(encoder, raw, ["".join(chars), "，".join(chars), "“".join(chars), "数".join(chars)])
 
 
-def test_the_tables_keep_what_they_had_when_they_are_full(
-    cuts: HanCuts, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_tables_begin_anew(cuts: HanCuts, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama31_tokenizer.han_encoder._TABLE_BITS", 6)
     small = HanEncoder(cuts, raw.encode_ordinary)
-    for _ in range(2):
-        check(small, raw, ["".join(HAN[:3000]), SENTENCE * 9])
+    first = small._tables[0]
+    for at in range(0, 9000, 300):
+        check(small, raw, ["".join(HAN[at : at + 300]), SENTENCE])
+    assert small._tables[0] is not first
 
 
 def test_segments_are_encoded_once(cuts: HanCuts, raw: tiktoken.Encoding) -> None:
@@ -135,6 +135,13 @@ def test_a_token_that_merging_does_not_reach_is_found(cuts: HanCuts, llama3: Tok
     whole = "天地玄黄".encode()
     assert whole not in ranks
     assert "天地玄黄" in HanCuts({**ranks, whole: len(ranks)}).unmergeable
+
+
+@pytest.mark.parametrize("odd", [b"\xed\xa0\x80\xe4\xb8\x80", b"\xe0\x80\x80\xe4", b"\x80\x80\x80\xe4\xb8\x80"])
+def test_tokens_that_are_no_text(odd: bytes, llama3: Tokenizer) -> None:
+    ranks = {**llama3.vocabulary.ranks, odd: len(llama3.vocabulary.ranks)}
+    plain = tiktoken.Encoding("odd", pat_str=str(LLAMA3.split), mergeable_ranks=ranks, special_tokens={})
+    check(HanEncoder(HanCuts(ranks), plain.encode_ordinary), plain, [SENTENCE, "一丁七"])
 
 
 @pytest.fixture
@@ -184,11 +191,12 @@ def test_short_english_and_first_texts_are_left_to_tiktoken(
     assert policy.encode([SENTENCE[:20]] * 100) is not None
 
 
-def test_a_vocabulary_with_many_such_tokens_is_left_to_tiktoken(
-    llama3: Tokenizer, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("limit", ["_MOST_UNMERGEABLE", "_MOST_JOINED"])
+def test_a_vocabulary_with_many_such_tokens_or_few_cuts_is_left_to_tiktoken(
+    limit: str, llama3: Tokenizer, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(han_text, "_CHARS_PER_BUILD", 0)
-    monkeypatch.setattr(han_text, "_MOST_UNMERGEABLE", 0)
+    monkeypatch.setattr(han_text, limit, 0)
     policy = han_text.HanText(llama3.vocabulary.ranks, raw.encode_ordinary)
     assert policy.encode([SENTENCE * 60]) is None
     assert policy.encode([SENTENCE * 60]) is None

@@ -38,7 +38,8 @@ _HASH_FACTOR = 0x9E3779B1
 
 # Inside a token (0xFF parts them): a character, or the end of one, in front of a Han character or the start of one.
 _NEIGHBOURS = re.compile(
-    rb"(?=((?<=\xff)[\x80-\xbf]{1,2}|[\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2})"
+    rb"(?=((?<=\xff)[\x80-\xbf]{1,2}|[\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]"
+    rb"|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf])"
     rb"([\xe3-\xe9][\x80-\xbf]{0,2})(?![\x80-\xbf]))"
 )
 
@@ -50,6 +51,7 @@ class HanCuts:
         ranks: bytes of a token to its rank.
 
     Attributes:
+        joined_share: of all pairs, how many may not be cut.
         unmergeable: tokens that merging does not arrive at and that a part of a piece could be; a text that has one
             must not be cut.
     """
@@ -60,7 +62,7 @@ class HanCuts:
         joined = np.zeros(1 << _HASH_BITS, np.bool_)
         for lefts, rights in _joined_characters(some, classes):
             joined[_hash_pairs(lefts, rights)] = True
-        self._joined = joined
+        self._joined, self.joined_share = joined, float(joined.mean())
         groups = np.full(8, 2, np.uint8)  # of the unit before: 0 ends a piece, 1 does not before others, 2 may
         groups[[_HAN, _LETTER, _NUMBER, _LINE_END]], groups[[_OTHER, _SPACE]] = 0, 1
         self._codes = classes | groups[classes] << 6

@@ -38,8 +38,7 @@ class HanEncoder:
 
     def __init__(self, cuts: HanCuts, encode: Callable[[str], list[int]]) -> None:
         self._cuts, self._encode = cuts, encode
-        self._tables = [_Table(factor) for factor in _FACTORS]
-        self._remember({BREAK: [_BREAK_ID]})
+        self._begin_tables()
 
     def encode(self, texts: Sequence[str]) -> tuple[_Ids, npt.NDArray[np.int64]] | None:
         """Ids of texts end to end, (N,), and how many each has, (len(texts),).
@@ -99,12 +98,18 @@ class HanEncoder:
         self._remember(new)
         return np.concatenate([*parts, ids[done:]])
 
+    def _begin_tables(self) -> None:
+        self._tables = [_Table(factor) for factor in _FACTORS]
+        self._remember({BREAK: [_BREAK_ID]})
+
     def _remember(self, new: dict[int, list[int]]) -> None:
         short = {key: ids for key, ids in new.items() if len(ids) <= _LONGEST_KEY}
         rows = np.full((len(short), _LONGEST_KEY), _NONE, np.int32)
         for row, ids in zip(rows, short.values(), strict=True):
             row[: len(ids)] = ids
         keys = np.fromiter(short, np.uint64, len(short))
+        if self._tables[0].is_full:  # with what may not come again
+            self._begin_tables()
         for table in self._tables:
             left_over = table.add(keys, rows)
             keys, rows = keys[left_over], rows[left_over]
@@ -117,6 +122,12 @@ class _Table:
         self._factor = np.uint64(factor)
         self._keys = np.zeros(1 << _TABLE_BITS, np.uint64)
         self._rows = np.full((1 << _TABLE_BITS, _LONGEST_KEY), _NONE, np.int32)
+        self._num_kept = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nearly all places are taken."""
+        return 8 * self._num_kept > 7 << _TABLE_BITS
 
     def look_up(self, keys: _Keys) -> tuple[_Ids, npt.NDArray[np.bool_]]:
         """Rows of ids, (S, 4), and whether they are the keys' own, (S,)."""
@@ -131,6 +142,7 @@ class _Table:
         places = self._places(keys[first])
         self._rows[places] = rows[first]
         self._keys[places] = keys[first]
+        self._num_kept += len(first)
         left_over = np.ones(len(keys), np.bool_)
         left_over[first] = False
         return left_over

@@ -19,6 +19,7 @@ _SAMPLES = 64
 # tiktoken works without it: so one thread cuts and looks up, and others leave their texts to tiktoken.
 _ONE_AT_A_TIME = Lock()
 _MOST_UNMERGEABLE = 16  # tokens that every text is searched for; Llama 3 has one
+_MOST_JOINED = 0.25  # of pairs that may not be cut, so that cutting is worth it; Llama 3 has 0.02
 
 
 class HanText:
@@ -56,7 +57,7 @@ class HanText:
         from llama31_tokenizer.han_encoder import HanEncoder
 
         cuts = HanCuts(self._ranks)
-        if len(cuts.unmergeable) <= _MOST_UNMERGEABLE:
+        if len(cuts.unmergeable) <= _MOST_UNMERGEABLE and cuts.joined_share <= _MOST_JOINED:
             self._encoder = HanEncoder(cuts, self._encode)
         else:
             self._has_given_up = True

@@ -14,6 +14,6 @@ def to_list(ids: npt.NDArray[np.int32], vocab_size: int) -> list[int]:
     return made
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _int_objects(count: int) -> npt.NDArray[np.object_]:
     return np.arange(count).astype(object)

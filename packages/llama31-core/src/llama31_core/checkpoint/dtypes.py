@@ -94,9 +94,9 @@ def cast(array: Array, dtype: DType, *, tensor: str) -> Array:
     return result
 
 
-def empty_lines(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
-    """An array without values that begins at a cache line: a load across two lines takes the kernels twice as long."""
+def array_of_lines(shape: Sequence[int], dtype: np.dtype[Any], *, zeros: bool = False) -> Array:
+    """An array, without values or of zeros, that begins at a cache line: a load across two takes twice as long."""
     size = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(size + _LINE_BYTES, np.uint8)
+    buffer = (np.zeros if zeros else np.empty)(size + _LINE_BYTES, np.uint8)
     start = -buffer.ctypes.data % _LINE_BYTES
     return buffer[start : start + size].view(dtype).reshape(shape)

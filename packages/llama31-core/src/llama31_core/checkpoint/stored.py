@@ -17,7 +17,7 @@ from threading import Lock
 
 import numpy as np
 
-from llama31_core.checkpoint.dtypes import Array, DType, empty_lines
+from llama31_core.checkpoint.dtypes import Array, DType, array_of_lines
 from llama31_core.errors import CheckpointError
 
 MAX_DIMS = 16
@@ -114,7 +114,7 @@ class TensorFiles:
         """
         tensor = self.tensors[name]
         bounds = resolve_index(tensor.shape, index)
-        result = empty_lines([stop - start for start, stop in bounds], tensor.dtype.numpy)
+        result = array_of_lines([stop - start for start, stop in bounds], tensor.dtype.numpy)
         if result.size:
             view = result.reshape(-1).view(np.uint8).data
             done = 0

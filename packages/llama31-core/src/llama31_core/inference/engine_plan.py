@@ -133,5 +133,5 @@ class EnginePlan:
 def _why_portable(options: EngineOptions, num_ranks: int) -> str | None:
     """Why the portable kernels compute on a CPU, in one sentence; None if the native ones do."""
     if options.max_loras:
-        return "adapters are theirs"
-    return "several ranks are theirs" if num_ranks > 1 else what_is_missing()
+        return "adapters run on these alone; leave out max_loras for a bfloat16 cache"
+    return "several ranks run on these alone" if num_ranks > 1 else what_is_missing()

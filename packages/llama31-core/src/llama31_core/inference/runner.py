@@ -8,6 +8,7 @@ longest sequence, N rows of logits, V = vocab_size.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import mindspore as ms
@@ -108,6 +109,8 @@ class GraphRunner:
         native = precision.compute == "float32" and not options.max_loras and native_kernels_here()
         if precision.compute == "float32" and not native:
             cpu_cache_dtype(options.kv_cache_dtype, has_small_weights=False, why_portable=_NOT_COMPILED)
+            if precision.cache_dtype == "bfloat16" and options.num_blocks is None:  # blocks are twice as large now
+                plan = replace(plan, num_blocks=max(1, plan.num_blocks // 2))
             precision = Precision()
         names = (precision.param, precision.compute, precision.cache_dtype)
         param, compute, cache = (getattr(ms, name) for name in names)

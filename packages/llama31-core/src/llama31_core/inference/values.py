@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from llama31_core.checkpoint.dtypes import BY_MINDSPORE, Array
+from llama31_core.checkpoint.dtypes import BY_MINDSPORE, Array, array_of_lines
 
 
 def set_value(parameter: ms.Parameter, values: Array) -> None:
@@ -30,7 +30,7 @@ def caches(model: nn.Cell) -> Iterator[ms.Parameter]:
 def clear_caches(model: nn.Cell) -> None:
     """Give the caches zeros; one takes memory as it is written."""
     for cache in caches(model):
-        set_value(cache, np.zeros(cache.shape, numpy_dtype(cache)))
+        set_value(cache, array_of_lines(cache.shape, numpy_dtype(cache), zeros=True))
 
 
 def numpy_dtype(parameter: ms.Parameter) -> np.dtype[Any]:

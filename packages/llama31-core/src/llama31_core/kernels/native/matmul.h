@@ -131,7 +131,7 @@ inline void Tile(const PlainView<T> &x, int64_t m, const Rows &rows, const Colum
     for (int j = 0; j < 4; ++j) groups[j] = rows.Begin(j, at);
     const int64_t size = rows.group(x.k), end = std::min(columns.end, at - at % size + size);
     for (; at + L::kStep <= end; at += L::kStep) {
-      if (columns.fetch_share && MR <= 2) {  // the only tile: a length that is known saves a tenth of its time
+      if (MR <= 2 && columns.fetch_share == 4 * L::kStep) {  // the only tile: a known length saves a tenth of its time
         rows.FetchNext(x.k, at, L::kStep);
       } else if (columns.fetch_share) {
         rows.FetchLater(x.k, fetched, columns.fetch_share), fetched += columns.fetch_share;
