@@ -104,6 +104,8 @@ class BpeCodec:
         """
         import numpy as np
 
+        from llama31_tokenizer.id_lists import part_at
+
         if not self._is_plain or max(map(len, texts), default=0) >= 2 * STEP_CHARS:
             return None
         if self._fast:
@@ -117,11 +119,10 @@ class BpeCodec:
             ids = self._encoding.encode_to_numpy(name.join(texts), allowed_special={name}, disallowed_special=())
         except UnicodeEncodeError:
             return None
-        separators = np.flatnonzero(ids == separator_id)
-        if len(separators) != len(texts) - 1:
+        parts, lengths = part_at(ids.astype(np.int32), separator_id)
+        if len(lengths) != len(texts):
             return None  # none at all, or one has the control token's name in it
-        lengths = np.diff(np.concatenate([[-1], separators, [len(ids)]])) - 1
-        return np.delete(ids, separators).astype(np.int32), lengths
+        return parts, lengths
 
     def _encode_ordinary(self, text: str) -> list[int]:
         if len(text) < 2 * STEP_CHARS:

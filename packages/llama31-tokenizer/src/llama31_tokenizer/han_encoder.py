@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama31_tokenizer.han_cuts import BREAK, HanCuts
+from llama31_tokenizer.id_lists import part_at
 
 _LONGEST_KEY = 4  # units; and the most ids of one in the tables
 _TABLE_BITS = 17
@@ -54,10 +55,7 @@ class HanEncoder:
             data = joined.encode("utf-16-le")
         except UnicodeEncodeError:
             return None
-        ids = self._encode_units(data)
-        breaks = np.flatnonzero(ids == _BREAK_ID)
-        lengths = np.diff(np.concatenate([[-1], breaks, [len(ids)]])) - 1
-        return (np.delete(ids, breaks) if len(breaks) else ids), lengths
+        return part_at(self._encode_units(data), _BREAK_ID)
 
     def _encode_units(self, data: bytes) -> _Ids:
         units = np.frombuffer(data, "<u2")
@@ -138,8 +136,8 @@ class _Table:
     def add(self, keys: _Keys, rows: _Ids) -> npt.NDArray[np.bool_]:
         """Keep segments, (S,), whose places are free; which ones were left over, (S,)."""
         places, first = np.unique(self._places(keys), return_index=True)
-        first = first[self._keys[places] == 0]
-        places = self._places(keys[first])
+        free = self._keys[places] == 0
+        places, first = places[free], first[free]
         self._rows[places] = rows[first]
         self._keys[places] = keys[first]
         self._num_kept += len(first)
