@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from llama31_tokenizer import Tokenizer, han_text
 from llama31_tokenizer.han_cuts import HanCuts
 from llama31_tokenizer.han_encoder import HanEncoder
+from llama31_tokenizer.joined_ids import JoinedIds
 from llama31_tokenizer.patterns import LLAMA3
 
 HAN = [chr(code) for first, last in ((0x3400, 0x4DBF), (0x4E00, 0x9FFF)) for code in range(first, last + 1)]
@@ -40,16 +42,25 @@ def cuts(llama3: Tokenizer) -> HanCuts:
 
 @pytest.fixture(scope="module")
 def encoder(raw: tiktoken.Encoding, cuts: HanCuts) -> HanEncoder:
-    return HanEncoder(cuts, raw.encode_ordinary)
+    return HanEncoder(cuts, each_by(raw))
+
+
+def each_by(raw: tiktoken.Encoding) -> Callable[[Sequence[str]], JoinedIds]:
+    def encode_each(texts: Sequence[str]) -> JoinedIds:
+        rows = [raw.encode_ordinary(text) for text in texts]
+        return JoinedIds.end_to_end(
+            np.array([token for row in rows for token in row], np.int32), np.array(list(map(len, rows)))
+        )
+
+    return encode_each
 
 
 def check(encoder: HanEncoder, raw: tiktoken.Encoding, texts: list[str]) -> None:
     found = encoder.encode(texts)
     assert found is not None
-    ids, lengths = found
     rows = [raw.encode_ordinary(text) for text in texts]
-    assert ids.tolist() == [token for row in rows for token in row]
-    assert lengths.tolist() == [len(row) for row in rows]
+    assert found.without_separators().tolist() == [token for row in rows for token in row]
+    assert found.lengths.tolist() == [len(row) for row in rows]
 
 
 def joined_han(llama3: Tokenizer) -> list[str]:
@@ -97,36 +108,55 @@ def test_every_han_character(encoder: HanEncoder, raw: tiktoken.Encoding) -> Non
     check(encoder, raw, ["".join(chars), "，".join(chars), "“".join(chars), "数".join(chars)])
 
 
-def test_full_tables_begin_anew(cuts: HanCuts, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama31_tokenizer.han_encoder._TABLE_BITS", 6)
-    small = HanEncoder(cuts, raw.encode_ordinary)
-    first = small._tables[0]
+@pytest.mark.parametrize(("bits", "most_kept"), [(6, 1 << 18), (18, 500), (6, 500)])
+def test_small_tables_and_forgetting(
+    bits: int, most_kept: int, cuts: HanCuts, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama31_tokenizer.han_encoder._TABLE_BITS", bits)
+    monkeypatch.setattr("llama31_tokenizer.han_encoder._MOST_KEPT", most_kept)
+    small = HanEncoder(cuts, each_by(raw))
+    first = small._table
     for at in range(0, 9000, 300):
         check(small, raw, ["".join(HAN[at : at + 300]), SENTENCE])
-    assert small._tables[0] is not first
+        check(small, raw, [SENTENCE, "".join(HAN[at : at + 300])])
+    assert (small._table is first) == (most_kept > 500)
+    assert small._rows.num_ids <= most_kept + 1000
 
 
 def test_segments_are_encoded_once(cuts: HanCuts, raw: tiktoken.Encoding) -> None:
     asked: list[str] = []
 
-    def encode(text: str) -> list[int]:
-        asked.append(text)
-        return raw.encode_ordinary(text)
+    def encode_each(texts: Sequence[str]) -> JoinedIds:
+        asked.extend(texts)
+        return each_by(raw)(texts)
 
-    counting = HanEncoder(cuts, encode)
-    check(counting, raw, [SENTENCE])
-    short = [text for text in asked if len(text) <= 4]
-    assert len(short) > 10
-    assert len(short) == len(set(short))
+    counting = HanEncoder(cuts, encode_each)
+    long = "，" + "a long piece of English " * 3 + "。"
+    check(counting, raw, [SENTENCE * 2, long])
+    assert len(asked) > 10
+    assert len(asked) == len(set(asked))
+    before = counting._rows.num_ids
+    kept = [text for text in asked if len(text) <= 16]
     asked.clear()
-    check(counting, raw, [SENTENCE * 3, SENTENCE])
-    assert not [text for text in asked if len(text) <= 4 and text in short]
+    check(counting, raw, [SENTENCE * 3, long, SENTENCE])
+    assert len(asked) == 1  # the long one, which is not kept
+    assert asked[0] not in kept
+    assert counting._rows.num_ids == before
 
 
-@pytest.mark.parametrize("text", ["看中文字幕组", "字\0数", "字\uffff数", "字\ud800数"])
+@pytest.mark.parametrize("text", ["看中文字幕组", "字数\0", "字\uffff数", "字\ud800数"])
 def test_what_must_not_be_cut(text: str, encoder: HanEncoder, raw: tiktoken.Encoding, llama3: Tokenizer) -> None:
     assert encoder.encode([SENTENCE, text]) is None
     assert llama3.encode(text * 700) == raw.encode_ordinary(text * 700)
+
+
+@pytest.mark.parametrize("text", ["", "\0字", "字\0数，\0。", "1\0字", "\n\0“字”", "<|begin_of_text|>的"])
+def test_texts_beside_empty_ones_with_zeros_and_names_of_control_tokens(
+    text: str, encoder: HanEncoder, raw: tiktoken.Encoding, eager: Tokenizer
+) -> None:
+    check(encoder, raw, [text, "", SENTENCE, text + SENTENCE, "", ""])
+    texts = ["", text + SENTENCE * 60, text, "", SENTENCE + text]
+    assert eager.encode_batch(texts, num_threads=1) == [raw.encode_ordinary(one) for one in texts]
 
 
 def test_a_token_that_merging_does_not_reach_is_found(cuts: HanCuts, llama3: Tokenizer) -> None:
@@ -141,7 +171,7 @@ def test_a_token_that_merging_does_not_reach_is_found(cuts: HanCuts, llama3: Tok
 def test_tokens_that_are_no_text(odd: bytes, llama3: Tokenizer) -> None:
     ranks = {**llama3.vocabulary.ranks, odd: len(llama3.vocabulary.ranks)}
     plain = tiktoken.Encoding("odd", pat_str=str(LLAMA3.split), mergeable_ranks=ranks, special_tokens={})
-    check(HanEncoder(HanCuts(ranks), plain.encode_ordinary), plain, [SENTENCE, "一丁七"])
+    check(HanEncoder(HanCuts(ranks), each_by(plain)), plain, [SENTENCE, "一丁七"])
 
 
 @pytest.fixture
@@ -197,7 +227,7 @@ def test_a_vocabulary_with_many_such_tokens_or_few_cuts_is_left_to_tiktoken(
 ) -> None:
     monkeypatch.setattr(han_text, "_CHARS_PER_BUILD", 0)
     monkeypatch.setattr(han_text, limit, 0)
-    policy = han_text.HanText(llama3.vocabulary.ranks, raw.encode_ordinary)
+    policy = han_text.HanText(llama3.vocabulary, each_by(raw))
     assert policy.encode([SENTENCE * 60]) is None
     assert policy.encode([SENTENCE * 60]) is None
 
@@ -206,11 +236,11 @@ def test_one_thread_at_a_time(llama3: Tokenizer, raw: tiktoken.Encoding, monkeyp
     monkeypatch.setattr(han_text, "_CHARS_PER_BUILD", 0)
     inside: list[object] = []
 
-    def encode(text: str) -> list[int]:
+    def encode_each(texts: Sequence[str]) -> JoinedIds:
         inside.append(policy.encode([SENTENCE * 60]))  # as another thread would
-        return raw.encode_ordinary(text)
+        return each_by(raw)(texts)
 
-    policy = han_text.HanText(llama3.vocabulary.ranks, encode)
+    policy = han_text.HanText(llama3.vocabulary, encode_each)
     assert policy.encode([SENTENCE * 60]) is not None
     assert set(inside) == {None}
     assert policy.encode([SENTENCE * 60]) is not None
@@ -226,3 +256,34 @@ def test_threads_that_share_a_tokenizer(eager: Tokenizer, raw: tiktoken.Encoding
     for thread in threads:
         thread.join()
     assert found == [want] * 4
+
+
+def test_tokenizers_of_a_vocabulary_share_its_cuts(eager: Tokenizer, llama3_file: Path) -> None:
+    twin, other = Tokenizer(eager.vocabulary), Tokenizer.from_file(llama3_file)
+    for tokenizer in (eager, twin, other):
+        tokenizer.encode(SENTENCE * 60)
+    encoders = [tokenizer._codec._han._encoder for tokenizer in (eager, twin, other)]  # type: ignore[union-attr]
+    assert encoders[0]._cuts is encoders[1]._cuts is not encoders[2]._cuts  # type: ignore[union-attr]
+    assert encoders[0] is not encoders[1]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_batches_of_texts_in_several_scripts(num_threads: int, eager: Tokenizer, raw: tiktoken.Encoding) -> None:
+    rng = random.Random(num_threads)
+    short = [
+        SENTENCE,
+        "plain words",
+        "",
+        "été",
+        "数",
+        "<|eot_id|> in a text",
+        "한국어 문장",
+        "def f(x):\n    return x\n",
+    ]
+    texts = [rng.choice(short) * rng.choice([1, 3, 900]) for _ in range(300)]
+    want = [raw.encode_ordinary(text) for text in texts]
+    assert eager.encode_batch(texts, num_threads=num_threads) == want
+    assert eager.count_batch(texts, num_threads=num_threads) == list(map(len, want))
+    ids, lengths = eager.encode_many_to_numpy(texts)
+    assert lengths.tolist() == list(map(len, want))
+    assert ids.tolist() == [token for row in want for token in row]

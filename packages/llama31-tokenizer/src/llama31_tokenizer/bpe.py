@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from llama31_tokenizer.joined_ids import JoinedIds
     from llama31_tokenizer.offsets import OffsetEncoding
 
 
@@ -53,7 +54,7 @@ class BpeCodec:
         self._fast = FastEngine(vocabulary) if engine == "fastokens" else None
         self._han = None
         if vocabulary.pattern == LLAMA3 and not (self._fast or self._missing):
-            self._han = HanText(ranks, self._encoding.encode_ordinary)
+            self._han = HanText(vocabulary, self._encode_each)
         self._separator = next(  # a name that cannot begin in the end of a text: one "<", where it begins
             (item for item in vocabulary.special_tokens.items() if item[0].rfind("<") == 0 and len(item[0]) > 1), None
         )
@@ -90,39 +91,50 @@ class BpeCodec:
             if self._fast:
                 return self._fast.encode_to_numpy(text)
             if len(text) >= FEWEST_CHARS and self._han and (found := self._han.encode([text])):
-                return found[0]
+                return found.ids
             try:
                 return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
             except UnicodeEncodeError:
                 pass  # a lone surrogate, which only tiktoken's list form replaces
         return np.array(self.encode(text), np.int32)
 
-    def encode_joined(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]] | None:
-        """Ids of many texts end to end, and how many each has, from one call of the engine; None where that cannot be.
-
-        The texts are joined by a control token, which parts them for tiktoken as separate calls would.
-        """
-        import numpy as np
-
-        from llama31_tokenizer.id_lists import part_at
-
+    def encode_joined(self, texts: Sequence[str]) -> JoinedIds | None:
+        """Ids of many texts, from one call of the engine; None where that cannot be."""
         if not self._is_plain or max(map(len, texts), default=0) >= 2 * STEP_CHARS:
             return None
         if self._fast:
-            return self._fast.encode_many(texts)
+            return self._fast.encode_joined(texts)
         if self._han and (found := self._han.encode(texts)):
             return found
+        return self._encode_separated(texts)
+
+    def _encode_each(self, texts: Sequence[str]) -> JoinedIds:
+        if found := self._encode_separated(texts):
+            return found
+        import numpy as np
+
+        from llama31_tokenizer.joined_ids import JoinedIds
+
+        lists = [self._encoding.encode_ordinary(text) for text in texts]
+        ids = np.array([token for one in lists for token in one], np.int32)
+        return JoinedIds.end_to_end(ids, np.array(list(map(len, lists))))
+
+    def _encode_separated(self, texts: Sequence[str]) -> JoinedIds | None:
+        """With a control token between texts, which parts them for tiktoken as separate calls would."""
         if not self._separator:
             return None
+        import numpy as np
+
+        from llama31_tokenizer.joined_ids import JoinedIds
+
         name, separator_id = self._separator
         try:
             ids = self._encoding.encode_to_numpy(name.join(texts), allowed_special={name}, disallowed_special=())
         except UnicodeEncodeError:
             return None
-        parts, lengths = part_at(ids.astype(np.int32), separator_id)
-        if len(lengths) != len(texts):
-            return None  # none at all, or one has the control token's name in it
-        return parts, lengths
+        found = JoinedIds.separated(ids.view(np.int32), separator_id)
+        # There may be no texts at all, or one with the control token's name in it.
+        return found if len(found.starts) == len(texts) else None
 
     def _encode_ordinary(self, text: str) -> list[int]:
         if len(text) < 2 * STEP_CHARS:
@@ -136,9 +148,7 @@ class BpeCodec:
         if self._fast:
             return self._fast.encode(text)
         if len(text) >= FEWEST_CHARS and self._han and (found := self._han.encode([text])):
-            from llama31_tokenizer.id_lists import to_list  # needs numpy, which takes time to import
-
-            return to_list(found[0], self._size)
+            return found.to_lists(self._size)[0]
         return self._encoding.encode_ordinary(text)
 
     def _encode_piece(self, piece: str) -> list[int]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from llama31_tokenizer.joined_ids import JoinedIds
+
 Engine = Literal["tiktoken", "fastokens"]
 
 
@@ -69,19 +71,20 @@ class FastEngine:
 
     def encode_to_numpy(self, text: str) -> npt.NDArray[np.int32]:
         """Ids of a text, int32 (N,)."""
-        return self.encode_many([text])[0]
+        return self.encode_joined([text]).ids
 
-    def encode_many(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Ids of texts end to end, int32 (N,), and how many each has, int64 (len(texts),)."""
+    def encode_joined(self, texts: Sequence[str]) -> JoinedIds:
+        """Ids of texts end to end."""
         import numpy as np
 
         from llama31_tokenizer.bpe import replace_surrogates
+        from llama31_tokenizer.joined_ids import JoinedIds
 
         try:
             ids, ends = self._native.encode_batch_flat(list(texts))
         except UnicodeEncodeError:
             ids, ends = self._native.encode_batch_flat([replace_surrogates(text) for text in texts])
-        return np.frombuffer(ids, np.int32).copy(), np.diff(np.frombuffer(ends, np.int64))
+        return JoinedIds.end_to_end(np.frombuffer(ids, np.int32).copy(), np.diff(np.frombuffer(ends, np.int64)))
 
 
 def _import_fastokens() -> Any:

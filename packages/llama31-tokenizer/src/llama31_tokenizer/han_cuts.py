@@ -28,13 +28,14 @@ _Indexes = npt.NDArray[np.intp]
 _Bools = npt.NDArray[np.bool_]
 
 # Classes of units. The pattern sees letters, numbers, line ends, white space and others; Han characters are letters.
-_UNKNOWN, _HAN, _LETTER, _NUMBER, _LINE_END, _SPACE, _WHITE, _OTHER = range(8)
+_UNKNOWN, _HAN, _LETTER, _NUMBER, _LINE_END, _SPACE, _OTHER = range(7)
 _HAN_RANGES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF))
-# What may be cut between `current` and `next`, or in front of `current`.
-_CUT, _CUT_UNLESS_JOINED, _CUT_BEFORE = 1, 2, 4
 
-_HASH_BITS = 20
-_HASH_FACTOR = 0x9E3779B1
+# A pair's place in the table: what its left unit is, what its right one is, and a hash of the units that matter (Han
+# characters, and others on the left). Two pairs may share a place, which then only leaves a cut out.
+_HASH_BITS = 19
+_AFTER_ANY, _AFTER_HAN, _AFTER_OTHER, _AFTER_EDGE = range(4)  # edges: numbers, line ends, breaks
+_BEFORE_ANY, _BEFORE_HAN, _BEFORE_LETTER, _BEFORE_BREAK = range(4)
 
 # Inside a token (0xFF parts them): a character, or the end of one, in front of a Han character or the start of one.
 _NEIGHBOURS = re.compile(
@@ -51,7 +52,7 @@ class HanCuts:
         ranks: bytes of a token to its rank.
 
     Attributes:
-        joined_share: of all pairs, how many may not be cut.
+        joined_share: of pairs of Han characters, how many are not cut.
         unmergeable: tokens that merging does not arrive at and that a part of a piece could be; a text that has one
             must not be cut.
     """
@@ -59,53 +60,44 @@ class HanCuts:
     def __init__(self, ranks: Mapping[bytes, int]) -> None:
         classes = _classify()
         some = [token for token in ranks if not token.isascii()]
-        joined = np.zeros(1 << _HASH_BITS, np.bool_)
-        for lefts, rights in _joined_characters(some, classes):
-            joined[_hash_pairs(lefts, rights)] = True
-        self._joined, self.joined_share = joined, float(joined.mean())
-        groups = np.full(8, 2, np.uint8)  # of the unit before: 0 ends a piece, 1 does not before others, 2 may
-        groups[[_HAN, _LETTER, _NUMBER, _LINE_END]], groups[[_OTHER, _SPACE]] = 0, 1
-        self._codes = classes | groups[classes] << 6
+        lefts, rights = _halves_of_places(classes)
+        self._halves = (lefts << 32 | rights).astype(np.int64)
+        self._is_cut = np.zeros(16 << _HASH_BITS, np.bool_)
+        by_kinds = self._is_cut.reshape(4, 4, -1)
+        by_kinds[_AFTER_HAN, [_BEFORE_HAN, _BEFORE_ANY]] = by_kinds[[_AFTER_OTHER, _AFTER_EDGE], _BEFORE_HAN] = True
+        for left, right in _joined_characters(some, classes):
+            self._is_cut[lefts[left] ^ rights[right]] = False
+        by_kinds[:, _BEFORE_BREAK] = True
+        self._is_cut[lefts[BREAK] ^ rights] = True
+        self.joined_share = 1 - float(by_kinds[_AFTER_HAN, _BEFORE_HAN].mean())
         self.unmergeable = sorted(_unmergeable(some, ranks))
 
     def find(self, units: _Units) -> _Indexes:
-        """Places of cuts, from 0 to N, both among them. On both sides of a BREAK there is one."""
-        indexes = units.astype(np.intp)
-        codes = np.empty(len(units) + 1, np.uint8)
-        codes[0] = self._codes[BREAK]
-        self._codes.take(indexes, out=codes[1:])
-        kinds = codes & 7
-        around = (codes[:-2] & 0xC0) | kinds[1:-1] << 3 | kinds[2:]
-        actions = np.frombuffer(around.tobytes().translate(_ACTIONS), np.uint8)
-        joined = self._joined.take(_hash_pairs(indexes[:-1], indexes[1:]))
-        cuts = np.zeros(len(units) + 1, np.bool_)
-        cuts[1:-1] = (actions & _CUT).view(np.bool_)
-        cuts[1:-1] |= (actions & _CUT_UNLESS_JOINED).astype(np.bool_) & ~joined
-        cuts[:-2] |= (actions & _CUT_BEFORE).astype(np.bool_)
-        breaks = np.flatnonzero(units == BREAK)
-        cuts[breaks] = cuts[breaks + 1] = True
+        """Places of cuts, from 0 to N, both among them. On both sides of a BREAK there is one.
+
+        Few and long steps, between which other threads run: five of NumPy's, each over the whole text.
+        """
+        halves = self._halves.take(units).view(np.int32)  # rights and lefts
+        pairs = np.bitwise_xor(halves[1:-2:2], halves[2::2], dtype=np.intp)
+        cuts = np.empty(len(units) + 1, np.bool_)
         cuts[[0, -1]] = True
+        self._is_cut.take(pairs, out=cuts[1:-1], mode="clip")
         return np.flatnonzero(cuts)
 
 
-def _actions_of(group: int, current: int, following: int) -> int:
-    """What to do at a unit of class `current` between one of a group and one of class `following`.
-
-    A character in front of letters belongs to their piece unless it is a number or a line end, or follows others or a
-    space and so is in their piece.
-    """
-    if current == _HAN:
-        if following == _HAN:
-            return _CUT_UNLESS_JOINED
-        return _CUT if following not in (_UNKNOWN, _LETTER) else 0
-    if following != _HAN:
-        return 0
-    if current in (_NUMBER, _LINE_END) or (current == _OTHER and group == 1):
-        return _CUT
-    return _CUT_BEFORE | _CUT_UNLESS_JOINED if current == _OTHER and group == 0 else 0
-
-
-_ACTIONS = bytes(_actions_of(around >> 6, around >> 3 & 7, around & 7) for around in range(256))
+def _halves_of_places(classes: npt.NDArray[np.uint8]) -> tuple[_Indexes, _Indexes]:
+    """What each unit gives to a pair's place when it is the left and the right one."""
+    hashes = np.random.default_rng(0).integers(0, 1 << _HASH_BITS, (2, len(classes)))
+    is_han, is_other = classes == _HAN, classes == _OTHER
+    after = np.select(
+        [is_han, is_other, np.isin(classes, [_NUMBER, _LINE_END])], [_AFTER_HAN, _AFTER_OTHER, _AFTER_EDGE]
+    )
+    before = np.select([is_han, np.isin(classes, [_LETTER, _UNKNOWN])], [_BEFORE_HAN, _BEFORE_LETTER])
+    lefts = np.where(is_han | is_other, hashes[0], 0) | after << _HASH_BITS + 2
+    rights = np.where(is_han, hashes[1], 0) | before << _HASH_BITS
+    lefts[BREAK] = _AFTER_EDGE << _HASH_BITS + 2 | 1  # unlike other edges', for there is a cut whatever comes
+    rights[BREAK] = _BEFORE_BREAK << _HASH_BITS
+    return lefts, rights
 
 
 def _classify() -> npt.NDArray[np.uint8]:
@@ -113,7 +105,7 @@ def _classify() -> npt.NDArray[np.uint8]:
     characters = "".join(chr(unit) for unit in range(1, BREAK) if not 0xD800 <= unit < 0xE000)
     classes = np.full(BREAK + 1, _OTHER, np.uint8)
     ranks = {bytes([byte]): byte for byte in range(256)}
-    for expression, one in ((r"\p{L}", _LETTER), (r"\p{N}", _NUMBER), (r"\s", _WHITE)):
+    for expression, one in ((r"\p{L}", _LETTER), (r"\p{N}", _NUMBER), (r"\s", _SPACE)):
         probe = tiktoken.Encoding(expression, pat_str=expression, mergeable_ranks=ranks, special_tokens={})
         found = bytes(probe.encode_ordinary(characters)).decode()
         classes[np.frombuffer(found.encode("utf-16-le"), "<u2")] = one
@@ -121,7 +113,7 @@ def _classify() -> npt.NDArray[np.uint8]:
         part = classes[first : last + 1]
         part[part == _LETTER] = _HAN
     classes[0xD800:0xE000] = classes[[0, BREAK]] = _UNKNOWN
-    classes[[10, 13]], classes[32] = _LINE_END, _SPACE
+    classes[[10, 13]] = _LINE_END
     return classes
 
 
@@ -156,12 +148,6 @@ def _beginning_with(begin: bytes, units: _Indexes) -> _Indexes:
     for byte in begin[1:]:
         value = value << 6 | byte & 0x3F
     return np.extract(units >> 6 * (3 - len(begin)) == value, units)
-
-
-def _hash_pairs(left: _Indexes, right: _Indexes) -> _Indexes:
-    """Places in the table of joined pairs; two pairs may share one, which then only leaves a cut out."""
-    pairs: _Indexes = (left * _HASH_FACTOR + right) & ((1 << _HASH_BITS) - 1)
-    return pairs
 
 
 def _unmergeable(tokens: Iterable[bytes], ranks: Mapping[bytes, int]) -> Iterator[str]:

@@ -6,20 +6,18 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
-from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
-
-import numpy as np
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from llama31_tokenizer.errors import TokenizerError
-from llama31_tokenizer.id_lists import to_list
+from llama31_tokenizer.han_text import is_mostly_han
 
 if TYPE_CHECKING:
     from llama31_tokenizer.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
 # Characters of a thread's share of work: long against the cost of handing it over, short against the whole.
-_LEAST_GROUP, _MOST_GROUP, _GROUPS_PER_THREAD = 1 << 16, 1 << 18, 8
+_LEAST_GROUP, _MOST_GROUP, _GROUPS_PER_THREAD = 1 << 16, 1 << 17, 8
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | None) -> list[list[int]]:
@@ -32,9 +30,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | 
     """
 
     def encode_group(own: Tokenizer, group: Sequence[str]) -> list[list[int]]:
-        ids, lengths = own.encode_many_to_numpy(group)
-        joined, ends = to_list(ids, own.vocab_size), np.cumsum(lengths).tolist()
-        return [joined[start:end] for start, end in pairwise([0, *ends])]
+        return own.encode_joined(group).to_lists(own.vocab_size)
 
     return map_groups(encode_group, tokenizer, texts, num_threads)
 
@@ -45,7 +41,7 @@ def count_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | N
 
 
 def _count_group(own: Tokenizer, group: Sequence[str]) -> list[int]:
-    lengths: list[int] = own.encode_many_to_numpy(group)[1].tolist()
+    lengths: list[int] = own.encode_joined(group).lengths.tolist()
     return lengths
 
 
@@ -57,7 +53,8 @@ def map_groups(
 ) -> list[Result]:
     """`work(tokenizer, texts)`, done for a group of texts at a time in `num_threads` threads.
 
-    tiktoken works without Python's global lock, so threads do run at the same time. The calling thread is one of them.
+    tiktoken works without Python's global lock, so threads do run at the same time. The calling thread is one of them;
+    it begins with Chinese texts, whose short steps need that lock (`han_encoder`), and the other threads end with them.
 
     Args:
         work: a result for each text, with the tokenizer it is handed: another than `tokenizer` in another thread.
@@ -75,36 +72,47 @@ def map_groups(
         raise TokenizerError(f"num_threads is {threads}, expected 1 or more")
     num_chars = sum(map(len, texts))
     share = num_chars // (threads * _GROUPS_PER_THREAD)
-    groups = [texts[span.start : span.stop] for span in _group(texts, min(max(share, _LEAST_GROUP), _MOST_GROUP))]
-    done: list[list[Result]] = [[] for _ in groups]
-    pending = iter(range(len(groups)))
+    groups = deque(_group(texts, min(max(share, _LEAST_GROUP), _MOST_GROUP)))
+    results: list[Result | None] = [None] * len(texts)
 
-    def drain(own: Tokenizer) -> None:
+    def drain(own: Tokenizer, take: Callable[[], list[int]]) -> None:
         try:
-            for index in pending:
-                done[index] = work(own, groups[index])
+            while indexes := _take_group(take):
+                for index, result in zip(indexes, work(own, [texts[index] for index in indexes]), strict=True):
+                    results[index] = result
         except BaseException:
-            deque(pending, maxlen=0)  # the other threads find nothing more to do
+            groups.clear()  # the other threads find nothing more to do
             raise
 
     others = min(threads, len(groups)) - 1
-    futures = tokenizer.workers.submit(drain, tokenizer, others, num_chars) if others > 0 else []
+    job = partial(drain, take=groups.popleft)
+    futures = tokenizer.workers.submit(job, tokenizer, others, num_chars) if others > 0 else []
     try:
-        drain(tokenizer)
+        drain(tokenizer, groups.pop)
     finally:
         running = [future for future in futures if not future.cancel()]
         wait(running)
     for future in running:
         future.result()
-    return [result for group in done for result in group]
+    return cast("list[Result]", results)
 
 
-def _group(texts: Sequence[str], num_chars: int) -> Iterator[range]:
-    start = size = 0
+def _take_group(take: Callable[[], list[int]]) -> list[int]:
+    try:
+        return take()
+    except IndexError:  # another thread took the last one
+        return []
+
+
+def _group(texts: Sequence[str], num_chars: int) -> Iterator[list[int]]:
+    """Indexes of texts that have `num_chars` characters or more together; those of mostly Chinese ones are the last."""
+    kinds: tuple[list[int], list[int]] = ([], [])
     for index, text in enumerate(texts):
-        size += len(text)
-        if size >= num_chars:
-            yield range(start, index + 1)
-            start, size = index + 1, 0
-    if start < len(texts):
-        yield range(start, len(texts))
+        kinds[is_mostly_han(text, 8)].append(index)
+    for indexes in kinds:
+        start = size = 0
+        for end, index in enumerate(indexes, 1):
+            size += len(texts[index])
+            if size >= num_chars or end == len(indexes):
+                yield indexes[start:end]
+                start, size = end, 0

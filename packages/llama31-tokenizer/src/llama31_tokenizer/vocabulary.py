@@ -31,9 +31,9 @@ class ControlTokens:
     add_eos: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """A byte-level BPE vocabulary, or a SentencePiece model that its library reads.
+    """A byte-level BPE vocabulary, or a SentencePiece model that its library reads; equal only to itself.
 
     Attributes:
         kind: what the file was.
