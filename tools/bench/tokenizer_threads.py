@@ -1,13 +1,15 @@
-"""The table of threads in tools/bench/tokenizer.py: `encode_batch` in two threads against one.
+"""The table of threads in tools/bench/tokenizer.py: `encode_batch` and `count_batch` in two threads against one.
 
-A round goes through a corpus in pieces of 2 MB, and over each piece everything runs in turn: on a machine whose speed
-changes from second to second only sums of small pieces compare. The last column is what the machine gives: two
-processes that share nothing, each with half of the piece, against one thread.
+A round goes through a corpus in pieces of 8 MB, and over each piece everything runs in turn: on a machine whose speed
+changes from second to second only sums of small pieces compare. The row "all" is one corpus of all documents, shuffled,
+as a data job has them. The last column is what the machine gives: two processes that share nothing, each with half of
+the piece, against one thread.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import random
 import statistics
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -18,11 +20,14 @@ from bench.tokenizer_timing import Corpora, Work, print_table, ratio, time_work
 
 from llama31_tokenizer import Tokenizer
 
-_PIECE_BYTES = 2_000_000
+_PIECE_BYTES = 8_000_000
 
 
 def bench_threads(ours: Tokenizer, raw: Any, corpora: Corpora, rounds: int) -> None:
     """The table, with the least and the greatest gain of a round beside the median."""
+    mixed = [document for documents in corpora.values() for document in documents]
+    random.Random(0).shuffle(mixed)
+    corpora = {**corpora, "all": mixed}
     pieces = {name: list(_cut(documents)) for name, documents in corpora.items()}
     here, there = multiprocessing.Pipe()
     halves = [_halve(piece) for several in pieces.values() for piece in several]
@@ -45,13 +50,14 @@ def bench_threads(ours: Tokenizer, raw: Any, corpora: Corpora, rounds: int) -> N
         gains = [one / two for one, two in zip(t["one thread"], t["two threads"], strict=True)]
         rates = (f"{size_mb(corpora[name]) / statistics.median(t[key]):.1f}" for key in t)
         ratios = (ratio(t["one thread"], t["two threads"]), f"{min(gains):.2f} to {max(gains):.2f}")
+        counting = ratio(t["count, one"], t["count, two"])
         more = (ratio(t["raw tiktoken, two"], t["two threads"]), ratio(t["one thread"], t["two processes"]))
-        rows.append((name, *rates, *ratios, *more))
+        rows.append((name, *rates, *ratios, counting, *more))
     here.send(None)
     child.join()
-    columns = ("one thread", "two threads", "raw tiktoken, two", "two processes")
-    header = ("corpus", *columns, "two threads to one", "its range", "to raw tiktoken", "two processes to one thread")
-    print_table("Threads, MB/s", header, rows)
+    columns = ("one thread", "two threads", "count, one", "count, two", "raw tiktoken, two", "two processes")
+    gained = ("two threads to one", "its range", "counting", "to raw tiktoken", "two processes to one thread")
+    print_table("Threads, MB/s", ("corpus", *columns, *gained), rows)
 
 
 def _works(
@@ -65,6 +71,8 @@ def _works(
     return {
         "one thread": lambda: ours.encode_batch(piece, num_threads=1),
         "two threads": lambda: ours.encode_batch(piece, num_threads=2),
+        "count, one": lambda: ours.count_batch(piece, num_threads=1),
+        "count, two": lambda: ours.count_batch(piece, num_threads=2),
         "raw tiktoken, two": lambda: raw.encode_ordinary_batch(piece, num_threads=2),
         "two processes": in_two_processes,
     }
