@@ -4,8 +4,9 @@
 
 MODEL_DIR holds the bfloat16 weights; ours of 8 and 4 bits are made of them (`llama31-ckpt quantize`, to nearest). FILE
 is any GGUF file of the same architecture and vocabulary, of which the description and vocabulary are taken for
-llama.cpp's files. Every contender is a process of its own with the same number of threads. They take turns within a
-round, in another order each, and a ratio is the median of the rounds' ratios.
+llama.cpp's files; those of few bits are made by its own quantizer, as its users have them. Every contender is a process
+of its own with the same number of threads. They take turns within a round, in another order each, and a ratio is the
+median of the rounds' ratios.
 Peers that are not installed are left out and named: `pip install torch transformers`, `pip install llama-cpp-python`.
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.inference_weights import write_gguf, write_hf
+from bench.inference_weights import quantize_gguf, write_gguf, write_hf
 from bench.memory_bandwidth import read_bandwidth
 
 from llama31_ckpt.quantize import quantize_checkpoint
@@ -122,8 +123,18 @@ def contenders(model_dir: Path, gguf: Path, scratch: Path, threads: int, left_ou
     taken = [(label, name, model) for label, name, model in wanted if name not in missing and label not in left_out]
     for label, name, model in taken:
         if name == "llama.cpp":
-            write_gguf(hf, gguf, label.split()[-1], Path(model))
+            _write_for_llama_cpp(hf, gguf, label.split()[-1], Path(model))
     return [start(label, name, model, threads) for label, name, model in taken]
+
+
+def _write_for_llama_cpp(hf: Path, like: Path, kind: str, target: Path) -> None:
+    if kind in ("F32", "BF16"):
+        write_gguf(hf, like, kind, target)
+        return
+    whole = target.with_name("to_quantize.gguf")
+    if not whole.exists():
+        write_gguf(hf, like, "BF16", whole)
+    quantize_gguf(whole, kind, target)
 
 
 def measure(all_contenders: list[Contender], names: list[str], rounds: int) -> None:

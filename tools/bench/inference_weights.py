@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def write_hf(model_dir: Path, target: Path) -> Path:
 
 
 def write_gguf(hf: Path, like: Path, kind: str, target: Path) -> None:
-    """A Hugging Face directory as a GGUF file of one type, with the description and vocabulary of another file."""
+    """A Hugging Face directory as a GGUF file in F32 or BF16, with the description and vocabulary of another file."""
     reader = gguf.GGUFReader(str(like))
     heads = int(reader.get_field("llama.attention.head_count").contents())
     kv_heads = int(reader.get_field("llama.attention.head_count_kv").contents())
@@ -59,6 +60,21 @@ def write_gguf(hf: Path, like: Path, kind: str, target: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def quantize_gguf(source: Path, kind: str, target: Path) -> None:
+    """A GGUF file with few bits made by llama.cpp itself: the embedding, which is the head too, keeps more in Q4_0."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def drop(level: int, text: bytes, data: object) -> None:
+        """Not a line for each tensor."""
+
+    llama_cpp.llama_log_set(drop, None)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options)):
+        raise SystemExit(f"llama.cpp could not make {target} of {source}")
 
 
 def _gguf_name(name: str) -> str:
