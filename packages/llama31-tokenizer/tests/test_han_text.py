@@ -194,7 +194,7 @@ def test_calls_of_a_tokenizer(call: str, eager: Tokenizer, raw: tiktoken.Encodin
     text = SENTENCE * 60
     want = raw.encode_ordinary(text)
     assert CALLS[call](eager, text) == want
-    assert eager._codec._han._encoder is not None  # type: ignore[union-attr]
+    assert eager._codec._han._idle  # type: ignore[union-attr]
     assert eager.count(text) == len(want)
     assert eager.decode(want) == text
     assert eager.encode_with_offsets(text).ids == want
@@ -232,18 +232,62 @@ def test_a_vocabulary_with_many_such_tokens_or_few_cuts_is_left_to_tiktoken(
     assert policy.encode([SENTENCE * 60]) is None
 
 
-def test_one_thread_at_a_time(llama3: Tokenizer, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_at_the_same_time_have_an_encoder_each(
+    llama3: Tokenizer, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(han_text, "_CHARS_PER_BUILD", 0)
-    inside: list[object] = []
+    inside: list[JoinedIds | None] = []
 
     def encode_each(texts: Sequence[str]) -> JoinedIds:
-        inside.append(policy.encode([SENTENCE * 60]))  # as another thread would
+        if not inside:
+            inside.append(None)
+            inside[0] = policy.encode([SENTENCE * 60])  # as another thread would
         return each_by(raw)(texts)
 
     policy = han_text.HanText(llama3.vocabulary, encode_each)
+    found = policy.encode([SENTENCE * 60])
+    assert found is not None
+    assert inside[0] is not None
+    assert inside[0].ids.tolist() == found.ids.tolist() == raw.encode_ordinary(SENTENCE * 60)
+    assert len(policy._idle) == 2
+
+
+def test_an_encoder_is_not_used_again_after_an_interrupt(
+    llama3: Tokenizer, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(han_text, "_CHARS_PER_BUILD", 0)
+    policy = han_text.HanText(llama3.vocabulary, each_by(raw))
     assert policy.encode([SENTENCE * 60]) is not None
-    assert set(inside) == {None}
-    assert policy.encode([SENTENCE * 60]) is not None
+    first = policy._idle[0]
+    with monkeypatch.context() as context:
+        context.setattr(first, "_keep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            policy.encode(["新的文字" + SENTENCE * 60])
+    assert policy._idle == []
+    found = policy.encode(["新的文字" + SENTENCE * 60])
+    assert found is not None
+    assert found.ids.tolist() == raw.encode_ordinary("新的文字" + SENTENCE * 60)
+
+
+def test_many_texts_are_encoded_some_at_once(
+    eager: Tokenizer, raw: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(han_text, "_CHARS_AT_ONCE", 2000)
+    seen: list[int] = []
+    encode = HanEncoder.encode
+
+    def encode_seen(encoder: HanEncoder, texts: Sequence[str]) -> JoinedIds | None:
+        seen.append(sum(map(len, texts)))
+        return encode(encoder, texts)
+
+    monkeypatch.setattr(HanEncoder, "encode", encode_seen)
+    texts = [SENTENCE * count for count in range(40)]
+    want = [raw.encode_ordinary(text) for text in texts]
+    ids, lengths = eager.encode_many_to_numpy(texts)
+    assert lengths.tolist() == list(map(len, want))
+    assert ids.tolist() == [token for row in want for token in row]
+    assert len(seen) > 10
+    assert max(seen) < 2000 + len(texts[-1])
 
 
 def test_threads_that_share_a_tokenizer(eager: Tokenizer, raw: tiktoken.Encoding) -> None:
@@ -262,8 +306,8 @@ def test_tokenizers_of_a_vocabulary_share_its_cuts(eager: Tokenizer, llama3_file
     twin, other = Tokenizer(eager.vocabulary), Tokenizer.from_file(llama3_file)
     for tokenizer in (eager, twin, other):
         tokenizer.encode(SENTENCE * 60)
-    encoders = [tokenizer._codec._han._encoder for tokenizer in (eager, twin, other)]  # type: ignore[union-attr]
-    assert encoders[0]._cuts is encoders[1]._cuts is not encoders[2]._cuts  # type: ignore[union-attr]
+    encoders = [tokenizer._codec._han._idle[0] for tokenizer in (eager, twin, other)]  # type: ignore[union-attr]
+    assert encoders[0]._cuts is encoders[1]._cuts is not encoders[2]._cuts
     assert encoders[0] is not encoders[1]
 
 

@@ -8,6 +8,7 @@ import random
 import sys
 import types
 import unicodedata
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -174,11 +175,27 @@ def test_a_long_text_among_many_is_encoded_as_alone(llama3: Tokenizer) -> None:
     assert ids.tolist() == [token for text in texts for token in llama3.encode(text)]
 
 
+@pytest.mark.parametrize("names", [("<s>", "<s>x"), ("<s>x", "<s>"), ("<pad>", "<pad>1")])
+def test_a_control_token_that_begins_another_parts_no_texts(names: tuple[str, str], llama3: Tokenizer) -> None:
+    ids = {name: llama3.vocab_size + at for at, name in enumerate(names)}
+    size = llama3.vocab_size + len(names)
+    tokenizer = Tokenizer(replace(llama3.vocabulary, special_tokens=ids, size=size))
+    long, short = sorted(names, key=len, reverse=True)
+    texts = ["a", long.removeprefix(short) + short + "b"]
+    assert tokenizer.encode_batch(texts, num_threads=1) == [llama3.encode(text) for text in texts]
+
+
 def test_batch_arguments(llama3: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="texts is one string"):
         llama3.encode_batch("hello")
+    with pytest.raises(TokenizerError, match="texts is one string"):
+        llama3.encode_many_to_numpy("hello")
+    with pytest.raises(TokenizerError, match=r"texts\[1\] is NoneType, expected a string"):
+        llama3.count_batch(["a", None])  # type: ignore[list-item]
     with pytest.raises(TokenizerError, match="num_threads is 0"):
         llama3.encode_batch(["hello"], num_threads=0)
+    with pytest.raises(TokenizerError, match=r"num_threads is 2\.5, expected a whole number"):
+        llama3.encode_batch(["hello"], num_threads=2.5)  # type: ignore[arg-type]
     with pytest.raises(TokenizerError, match="disallowed_special"):
         llama3.encode_batch(["ok", "<|eot_id|>"], disallowed_special="all")
     assert llama3.encode_batch([]) == []

@@ -56,6 +56,21 @@ def test_each_thread_has_and_keeps_its_own(tokenizer: Tokenizer) -> None:
     assert first == again
 
 
+@pytest.mark.parametrize("started", [0, 1])
+def test_threads_that_cannot_be_started_are_done_without(
+    started: int, tokenizer: Tokenizer, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, count = threading.Thread.start, iter(range(100))
+
+    def start_some(thread: threading.Thread) -> None:
+        if next(count) >= started:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    assert tokenizer.encode_batch(TEXTS, num_threads=3) == rows
+
+
 def test_no_more_of_them_than_allowed(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MAX_OWN", 2)
     used = used_by(tokenizer, 6)

@@ -55,9 +55,7 @@ class BpeCodec:
         self._han = None
         if vocabulary.pattern == LLAMA3 and not (self._fast or self._missing):
             self._han = HanText(vocabulary, self._encode_each)
-        self._separator = next(  # a name that cannot begin in the end of a text: one "<", where it begins
-            (item for item in vocabulary.special_tokens.items() if item[0].rfind("<") == 0 and len(item[0]) > 1), None
-        )
+        self._separator = _find_separator(vocabulary)
         self._pattern = vocabulary.pattern.regex
         self._cuts = vocabulary.cuts_long_texts
         self._is_plain = not (self._missing or self._literals or self._normalization or self._cuts)
@@ -237,6 +235,15 @@ class BpeCodec:
             if not known:
                 return f"ids[{index}] is {token_id}, no token has that id; allowed are 0 to {self._size - 1}"
         raise AssertionError("tiktoken refused ids that it decodes one by one")
+
+
+def _find_separator(vocabulary: Vocabulary) -> tuple[str, int] | None:
+    """A control token that cannot begin in the end of a text, with one "<", where it begins, nor begins another one."""
+    names = [*vocabulary.special_tokens, *vocabulary.literal_tokens]
+    for name, token_id in vocabulary.special_tokens.items():
+        if name.rfind("<") == 0 and len(name) > 1 and sum(other.startswith(name) for other in names) == 1:
+            return name, token_id
+    return None
 
 
 def compile_names(names: Iterable[str]) -> re.Pattern[str]:

@@ -14,6 +14,7 @@ Shapes: N UTF-16 code units of a text.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -162,8 +163,8 @@ def _is_merged(token: bytes, ranks: Mapping[bytes, int]) -> bool:
     """Whether merging a token's bytes, lowest rank first, leftmost among equals, arrives at the token."""
     parts = [token[at : at + 1] for at in range(len(token))]
     while len(parts) > 1:
-        rank, at = min((ranks.get(parts[at] + parts[at + 1], len(ranks)), at) for at in range(len(parts) - 1))
-        if rank == len(ranks):
+        rank, at = min((ranks.get(parts[at] + parts[at + 1], math.inf), at) for at in range(len(parts) - 1))
+        if rank == math.inf:
             return False
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return True

@@ -4,8 +4,8 @@ Such a text is cut where that changes nothing (`han_cuts`) into segments of most
 to four units make a number of 64 bits each, which is looked up in a table of the segments seen so far, all of a text's
 at once. The longer ones, one in a hundred, are looked up one by one, and tiktoken encodes what is new, in one call.
 
-Every step is one of NumPy's over the whole text, and long: at its end a thread waits for Python's global lock, and with
-many short steps two threads were no faster than one.
+Every step is one of NumPy's over the whole text, and long: at its end a thread waits for whoever has Python's global
+lock, and with many short steps two threads were no faster than one.
 
 Shapes: N UTF-16 code units of a text, S segments, M of them missing in the table.
 """
@@ -35,7 +35,7 @@ _Indexes = npt.NDArray[np.intp]
 
 
 class HanEncoder:
-    """Encodes any text, Chinese fast, in one thread at a time.
+    """Encodes any text, Chinese fast; for one thread, and not to be used again after an exception.
 
     Args:
         cuts: of the vocabulary.
@@ -54,8 +54,8 @@ class HanEncoder:
     def encode(self, texts: Sequence[str]) -> JoinedIds | None:
         """Ids of texts end to end.
 
-        None for texts that must not be cut or are not UTF-16's: with a lone surrogate or U+FFFF, or NUL at the end,
-        which makes the same number as the segment without it.
+        None for texts that must not be cut, have U+FFFF (`BREAK`) or a lone surrogate, or end in NUL, with which a
+        segment makes the same number as without.
         """
         joined = chr(BREAK).join(texts)
         if any(text.endswith("\0") for text in texts) or any(token in joined for token in self._cuts.unmergeable):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,6 +39,18 @@ class JoinedIds:
         """With an id between them that none of them has."""
         between = np.flatnonzero(ids == separator)
         return cls(ids, np.concatenate([[0], between + 1]), np.concatenate([between, [len(ids)]]))
+
+    @classmethod
+    def joined(cls, parts: Sequence[JoinedIds]) -> JoinedIds:
+        """Those of several in order, one or more."""
+        if len(parts) == 1:
+            return parts[0]
+        before = np.cumsum([0, *(len(part.ids) for part in parts[:-1])])
+        starts, stops = (
+            np.concatenate([array + offset for array, offset in zip(arrays, before, strict=True)])
+            for arrays in ([part.starts for part in parts], [part.stops for part in parts])
+        )
+        return cls(np.concatenate([part.ids for part in parts]), starts, stops)
 
     @property
     def lengths(self) -> _Counts:

@@ -54,7 +54,8 @@ def map_groups(
     """`work(tokenizer, texts)`, done for a group of texts at a time in `num_threads` threads.
 
     tiktoken works without Python's global lock, so threads do run at the same time. The calling thread is one of them;
-    it begins with Chinese texts, whose short steps need that lock (`han_encoder`), and the other threads end with them.
+    it begins with Chinese texts, whose steps are held up by that lock (`han_encoder`), and the other threads end with
+    them.
 
     Args:
         work: a result for each text, with the tokenizer it is handed: another than `tokenizer` in another thread.
@@ -65,11 +66,10 @@ def map_groups(
     Raises:
         TokenizerError: wrong arguments, or what `work` raises; an error ends the other threads' work too.
     """
-    if isinstance(texts, str):
-        raise TokenizerError("texts is one string, expected a list of strings; use encode for one text")
+    check_texts(texts)
     threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
-    if threads < 1:
-        raise TokenizerError(f"num_threads is {threads}, expected 1 or more")
+    if not isinstance(threads, int) or threads < 1:
+        raise TokenizerError(f"num_threads is {threads!r}, expected a whole number of 1 or more")
     num_chars = sum(map(len, texts))
     share = num_chars // (threads * _GROUPS_PER_THREAD)
     groups = deque(_group(texts, min(max(share, _LEAST_GROUP), _MOST_GROUP)))
@@ -95,6 +95,19 @@ def map_groups(
     for future in running:
         future.result()
     return cast("list[Result]", results)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what would be taken for texts or fail in a thread.
+
+    Raises:
+        TokenizerError: one string, or something in the list that is none.
+    """
+    if isinstance(texts, str):
+        raise TokenizerError("texts is one string, expected a list of strings; use encode for one text")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TokenizerError(f"texts[{index}] is {type(text).__name__}, expected a string")
 
 
 def _take_group(take: Callable[[], list[int]]) -> list[int]:

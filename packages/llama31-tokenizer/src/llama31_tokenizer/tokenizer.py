@@ -191,7 +191,6 @@ class Tokenizer:
 
         For short texts by the thousand, where the call and the list cost as much as the tokens.
         """
-
         joined = self.encode_joined(texts)
         return joined.without_separators(), joined.lengths
 
@@ -200,7 +199,9 @@ class Tokenizer:
         import numpy as np
 
         from llama31_tokenizer.joined_ids import JoinedIds
+        from llama31_tokenizer.threads import check_texts
 
+        check_texts(texts)
         if isinstance(self._codec, BpeCodec) and (found := self._codec.encode_joined(texts)):
             return found
         arrays = [self.encode_to_numpy(text) for text in texts]

@@ -35,7 +35,7 @@ class Workers:
         self._pid = 0  # of the process whose threads these are
 
     def submit(self, job: Job, tokenizer: Tokenizer, num_jobs: int, num_chars: int) -> list[Future[None]]:
-        """Have `num_jobs` threads each do the job once.
+        """Have `num_jobs` threads each do the job once, or as many as can be started.
 
         Args:
             job: called with the tokenizer to use in its thread.
@@ -50,11 +50,17 @@ class Workers:
         self._num_chars += num_chars
         pays = self._num_chars >= CHARS_PER_OWN * (num_jobs + 1)
         kept = min(num_jobs, MAX_OWN)
-        futures = [self._pool.submit(_do, job, tokenizer, self._own, pays) for _ in range(kept)]
-        if kept < num_jobs:
-            more = ThreadPoolExecutor(num_jobs - kept)
-            futures += [more.submit(job, tokenizer) for _ in range(num_jobs - kept)]
-            more.shutdown(wait=False)  # once they are done
+        futures: list[Future[None]] = []
+        try:
+            for _ in range(kept):
+                futures.append(self._pool.submit(_do, job, tokenizer, self._own, pays))
+            if kept < num_jobs:
+                more = ThreadPoolExecutor(num_jobs - kept)
+                for _ in range(num_jobs - kept):
+                    futures.append(more.submit(job, tokenizer))
+                more.shutdown(wait=False)  # once they are done
+        except RuntimeError:  # no more threads, or the interpreter ends: there are those that were started, or none
+            pass
         return futures
 
 
