@@ -16,19 +16,10 @@
 
 namespace llama31 {
 
-// Of a group of quantised columns: weight = (q + zero) * scale. In 32 bits, as every weight of a few bits has a share.
-struct Range {
-  Bf16 short_scale;
-  int16_t zero;  // in 128ths
-
-  float scale() const { return short_scale.wide(); }
-  float bias() const { return static_cast<float>(zero) * (scale() * 0.0078125f); }
-};
-
-// A weight as the model is given it; ranges, (N, G), are null where it is not quantised.
+// A weight as the operator is given it; scales and biases, (N, G), are null where it is not quantised.
 struct Stored {
   const void *data;
-  const Range *ranges;
+  const float *scales, *biases;
 };
 
 // What a tile goes through of the columns: all of them, or one of the parts that K is cut into. Meanwhile it asks for

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "matmul.h"
@@ -23,19 +22,6 @@ namespace llama31 {
 
 constexpr int64_t kSteps = Lanes<Bf16>::kStep;  // columns that one load widens; groups are multiples of it
 
-// A range in all lanes.
-struct FilledRange {
-  explicit FilledRange(const Range &range) {
-    int32_t stored;
-    std::memcpy(&stored, &range, sizeof stored);
-    const __m512i lanes = _mm512_set1_epi32(stored);
-    scale = _mm512_castsi512_ps(_mm512_slli_epi32(lanes, 16));
-    zero = _mm512_cvtepi32_ps(_mm512_srai_epi32(lanes, 16)) * Fill(0.0078125f);
-  }
-
-  Vector scale, zero;
-};
-
 // 8 bits: (N, K) of int8.
 struct Bits8 {
   static constexpr int64_t kPerByte = 1;
@@ -43,7 +29,7 @@ struct Bits8 {
     Vector scale, bias;
   };
 
-  static Group Begin(const FilledRange &range) { return {range.scale, range.zero * range.scale}; }
+  static Group Begin(float scale, float bias) { return {Fill(scale), Fill(bias)}; }
 
   static __m512i Load(const uint8_t *p, const Group &group) {
     const __m512 low = Widen(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)), group);
@@ -64,9 +50,9 @@ struct Bits4 {
     __m512i table;
   };
 
-  static Group Begin(const FilledRange &range) {
+  static Group Begin(float scale, float bias) {
     const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 weights = (steps + range.zero) * range.scale;
+    const __m512 weights = _mm512_fmadd_ps(steps, Fill(scale), Fill(bias));
     return {(__m512i)_mm512_cvtne2ps_pbh(weights, weights)};
   }
 
@@ -86,7 +72,7 @@ struct QuantizedRows : StoredRows<Bits> {
 
   int64_t group(int64_t) const { return this->group_size; }
   Group Begin(int j, int64_t at) const {
-    return Bits::Begin(FilledRange(this->ranges[j][at / this->group_size]));
+    return Bits::Begin(this->scales[j][at / this->group_size], this->biases[j][at / this->group_size]);
   }
   auto Load(int j, int64_t at, const Group &group) const {
     return Bits::Load(this->data[j] + at / Bits::kPerByte, group);
