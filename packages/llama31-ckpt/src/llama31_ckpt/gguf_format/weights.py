@@ -60,6 +60,8 @@ class GgufWeights:
             rows = self._read_rows(name, start, stop)
         else:
             head_dim = self._head_dim
+            if shape[0] % head_dim:
+                raise CheckpointError(f"{self.source}: {name} has {shape[0]} rows, expected whole heads of {head_dim}")
             first, last = start // head_dim * head_dim, min(shape[0], -(-stop // head_dim) * head_dim)
             rows = to_half_split(self._read_rows(name, first, last), head_dim)[start - first : stop - first]
         return rows[(slice(None), *(slice(*bounds) for bounds in columns))]
