@@ -128,13 +128,11 @@ def contenders(model_dir: Path, gguf: Path, scratch: Path, threads: int, left_ou
 
 
 def _write_for_llama_cpp(hf: Path, like: Path, kind: str, target: Path) -> None:
-    if kind in ("F32", "BF16"):
-        write_gguf(hf, like, kind, target)
-        return
-    whole = target.with_name("to_quantize.gguf")
+    whole = target if kind == "F32" else target.with_name("BF16.gguf")
     if not whole.exists():
-        write_gguf(hf, like, "BF16", whole)
-    quantize_gguf(whole, kind, target)
+        write_gguf(hf, like, whole.stem, whole)
+    if whole != target:
+        quantize_gguf(whole, kind, target)
 
 
 def measure(all_contenders: list[Contender], names: list[str], rounds: int) -> None:

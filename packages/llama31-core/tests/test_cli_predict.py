@@ -26,7 +26,6 @@ from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.inference.sampling_params import SamplingParams
 from llama31_core.inference.sum_runner import SumRunner
-from llama31_core.native_support import what_is_missing
 from llama31_core.training.checkpoints import AdapterFiles
 from llama31_core.training.lora import Lora
 
@@ -154,7 +153,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert len(read_lines(Path(other))) == 12
 
 
-@pytest.mark.skipif(what_is_missing() is not None, reason="the native kernels do not run here")
+@pytest.mark.usefixtures("native_kernels")
 def test_the_same_memory_holds_twice_the_blocks_of_bfloat16(model_dir: Path, runners: list[SumRunner]) -> None:
     command = ["predict", str(model_dir), "--prompt", "x", "--max_tokens", "2", "--cache_memory_bytes", "40960"]
     for dtype in ("float32", "bfloat16", "auto"):

@@ -33,7 +33,6 @@ CONFIG = ModelConfig(vocab_size=512, dim=128, n_layers=2, n_heads=4, n_kv_heads=
 OPTIONS = EngineOptions(num_blocks=8)
 BLOCK = 2 * CONFIG.n_layers * CONFIG.n_kv_heads * CONFIG.head_dim * 16  # numbers of one block
 Save = Callable[..., Path]
-native_only = pytest.mark.skipif(what_is_missing() is not None, reason="the native kernels do not run here")
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_plan, "device_target", lambda: "Ascend")
 
 
-@native_only
+@pytest.mark.usefixtures("native_kernels")
 def test_weights_in_sixteen_bits_are_counted_and_kept_so(save: Save) -> None:
     path = save("bf16")
     plan = Engine.plan(path, OPTIONS)
@@ -107,7 +106,7 @@ def test_what_a_plan_counts_is_what_both_caches_take(
     assert runner._blocks._host.nbytes == 3 * plan.cache.block_bytes
 
 
-@native_only
+@pytest.mark.usefixtures("native_kernels")
 def test_the_same_memory_holds_twice_the_tokens(save: Save) -> None:
     path = save("bf16")
     sizes = [
@@ -128,7 +127,7 @@ def test_the_portable_kernels_of_ranks_and_adapters_keep_float32(how: str, save:
         EnginePlan.for_weights(CONFIG, asked, path, num_ranks=num_ranks)
 
 
-@native_only
+@pytest.mark.usefixtures("native_kernels")
 @pytest.mark.parametrize("asked", ["auto", "bfloat16"])
 def test_kernels_that_could_not_be_compiled_leave_float32_and_no_other_wish(
     asked: Any, save: Save, monkeypatch: pytest.MonkeyPatch
@@ -145,7 +144,7 @@ def test_kernels_that_could_not_be_compiled_leave_float32_and_no_other_wish(
         assert runner.llama.model.layers[0].attention.core.k_cache.dtype == ms.float32
 
 
-@native_only
+@pytest.mark.usefixtures("native_kernels")
 def test_kernels_that_could_not_be_compiled_take_no_more_memory(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save("bf16")
     plan = Engine.plan(path, EngineOptions(cache_memory_bytes=40 * BLOCK))

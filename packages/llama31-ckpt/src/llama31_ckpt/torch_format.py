@@ -11,13 +11,14 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from llama31_ckpt.rotary import to_half_split
+from llama31_ckpt.rotary import read_half_split
 from llama31_core.checkpoint.dtypes import Array
 from llama31_core.checkpoint.stored import resolve_index
 from llama31_core.errors import CheckpointError
@@ -69,11 +70,8 @@ class TorchWeights:
             return _as_numpy(tensor.parts[0])
         (start, stop), *columns = bounds
         head_dim = tensor.head_dim
-        if head_dim is None:
-            rows = _read_rows(tensor, start, stop)
-        else:
-            first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
-            rows = to_half_split(_read_rows(tensor, first, last), head_dim)[start - first : stop - first]
+        read = partial(_read_rows, tensor)
+        rows = read(start, stop) if head_dim is None else read_half_split(read, start, stop, head_dim)
         return rows[(slice(None), *(slice(*bound) for bound in columns))]
 
 

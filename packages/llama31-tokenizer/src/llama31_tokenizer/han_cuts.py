@@ -26,7 +26,6 @@ BREAK = 0xFFFF  # a unit that no text has (Unicode keeps it free); what stands o
 
 _Units = npt.NDArray[np.uint16]
 _Indexes = npt.NDArray[np.intp]
-_Bools = npt.NDArray[np.bool_]
 
 # Classes of units. The pattern sees letters, numbers, line ends, white space and others; Han characters are letters.
 _UNKNOWN, _HAN, _LETTER, _NUMBER, _LINE_END, _SPACE, _OTHER = range(7)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from llama31_tokenizer.spans import spans_of_size
 from llama31_tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class HanText:
             return None
         from llama31_tokenizer.joined_ids import JoinedIds  # needs numpy, which takes time to import
 
-        parts = [encoder.encode(part) for part in _cut_list(texts)]
+        parts = [encoder.encode(texts[span]) for span in spans_of_size(texts, _CHARS_AT_ONCE)]
         self._idle.append(encoder)  # not after an interrupt, which may have left something half done
         found = [part for part in parts if part is not None]
         return JoinedIds.joined(found) if len(found) == len(parts) else None
@@ -75,20 +76,6 @@ class HanText:
             self._has_given_up = True
             return None
         return HanEncoder(cuts, self._encode_each)
-
-
-def _cut_list(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts, some at once."""
-    part: list[str] = []
-    size = 0
-    for text in texts:
-        part.append(text)
-        size += len(text)
-        if size >= _CHARS_AT_ONCE:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
 
 
 def is_mostly_han(text: str, samples: int = _SAMPLES) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from llama31_tokenizer.errors import TokenizerError
 from llama31_tokenizer.han_text import is_mostly_han
+from llama31_tokenizer.spans import spans_of_size
 
 if TYPE_CHECKING:
     from llama31_tokenizer.tokenizer import Tokenizer
@@ -123,9 +124,5 @@ def _group(texts: Sequence[str], num_chars: int) -> Iterator[list[int]]:
     for index, text in enumerate(texts):
         kinds[is_mostly_han(text, 8)].append(index)
     for indexes in kinds:
-        start = size = 0
-        for end, index in enumerate(indexes, 1):
-            size += len(texts[index])
-            if size >= num_chars or end == len(indexes):
-                yield indexes[start:end]
-                start, size = end, 0
+        for span in spans_of_size([texts[index] for index in indexes], num_chars):
+            yield indexes[span]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from llama31_ckpt.gguf_format.header import GgufHeader
-from llama31_ckpt.rotary import to_half_split
+from llama31_ckpt.rotary import read_half_split
 from llama31_core.checkpoint.dtypes import Array, dtype_of
 from llama31_core.checkpoint.names import canonical_name, is_ignorable, rotary_heads
 from llama31_core.checkpoint.stored import OpenFile, resolve_index
@@ -56,14 +57,13 @@ class GgufWeights:
         """The selected part of a tensor; whole rows are read, and whole heads where rows are rotary pairs."""
         shape = self.shape(name)
         (start, stop), *columns = resolve_index(shape, index)
+        read, head_dim = partial(self._read_rows, name), self._head_dim
         if rotary_heads(name) is None:
-            rows = self._read_rows(name, start, stop)
+            rows = read(start, stop)
+        elif shape[0] % head_dim:
+            raise CheckpointError(f"{self.source}: {name} has {shape[0]} rows, expected whole heads of {head_dim}")
         else:
-            head_dim = self._head_dim
-            if shape[0] % head_dim:
-                raise CheckpointError(f"{self.source}: {name} has {shape[0]} rows, expected whole heads of {head_dim}")
-            first, last = start // head_dim * head_dim, min(shape[0], -(-stop // head_dim) * head_dim)
-            rows = to_half_split(self._read_rows(name, first, last), head_dim)[start - first : stop - first]
+            rows = read_half_split(read, start, stop, head_dim)
         return rows[(slice(None), *(slice(*bounds) for bounds in columns))]
 
     def _read_rows(self, name: str, start: int, stop: int) -> Array:
