@@ -11,11 +11,12 @@ import multiprocessing
 import random
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 from bench.tokenizer_corpora import size_mb
-from bench.tokenizer_timing import Corpora, Work, print_table, ratio, run_rounds
+from bench.tokenizer_timing import Corpora, Work, print_table, ratio, run_rounds, time_work
 
 from llama31_tokenizer import Tokenizer
 
@@ -68,8 +69,13 @@ def _works(
 
 def _serve(ours: Tokenizer, halves: list[tuple[list[str], list[str]]], pipe: Connection) -> None:
     while (number := pipe.recv()) is not None:
-        ours.encode_batch(halves[number][1], num_threads=1)
-        pipe.send(None)
+        time_work(partial(_encode_and_tell, ours, halves[number][1], pipe))
+
+
+def _encode_and_tell(ours: Tokenizer, documents: list[str], pipe: Connection) -> list[list[int]]:
+    rows = ours.encode_batch(documents, num_threads=1)
+    pipe.send(None)
+    return rows
 
 
 def _halve(documents: list[str]) -> tuple[list[str], list[str]]:

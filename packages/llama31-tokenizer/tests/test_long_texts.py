@@ -81,6 +81,16 @@ def test_long_runs_equal_hugging_face(text: str, llama3: Tokenizer, hf_llama3: A
     assert llama3.decode(ids) == text
 
 
+def test_long_texts_without_runs_are_encoded_with_the_others(llama3: Tokenizer, hf_llama3: Any) -> None:
+    texts = ["short", "Some words, and 12 numbers.\n" * 10_000, ""]
+    found = codec_of(llama3).encode_joined(texts)
+    assert found is not None
+    rows = [encoding.ids for encoding in hf_llama3.encode_batch(texts, add_special_tokens=False)]
+    assert found.to_lists(llama3.vocab_size) == rows
+    assert codec_of(llama3).encode_joined([*texts, " " * 200_000]) is None
+    assert llama3.encode_batch([*texts, " " * 200_000])[:-1] == rows
+
+
 def test_million_random_characters(llama3: Tokenizer) -> None:
     rng = random.Random(7)
     text = rng.randbytes(2_000_000).decode("utf-8", "replace") + " " * 1_500_000
@@ -91,3 +101,4 @@ def test_lone_surrogates_count_as_replacement_characters(llama3: Tokenizer) -> N
     assert llama3.encode("a\ud800b") == llama3.encode("a\ufffdb")
     assert llama3.encode("\ud83d\ude00") == llama3.encode("😀")
     assert llama3.encode("\udc00" + " " * 200_000) == llama3.encode("\ufffd" + " " * 200_000)
+    assert llama3.encode("a\ud800b" * 50_000) == llama3.encode("a\ufffdb" * 50_000)

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 
 from llama31_tokenizer import StreamDecoder, Tokenizer, TokenizerError
 from llama31_tokenizer.batch import pad_batch
+from llama31_tokenizer.bpe import BpeCodec
 
 FIXTURES_ONCE = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 TEXT = "Hello, wörld! 你好 😀👩‍👩‍👧 'tis <|eot_id|>\n\n  end\t"
 IDS = st.lists(st.integers(0, 128_255) | st.sampled_from([222, 240, 128_000, 128_009, 9_468]), max_size=30)
+SEPARATORS = ("<|reserved_special_token_245|>", "<empty_output>")  # what stands between texts, of Llama 3 and SmolLM2
 
 
 def test_control_tokens_are_text_unless_allowed(llama3: Tokenizer) -> None:
@@ -154,7 +156,7 @@ def test_batch_equals_one_by_one(num_threads: int | None, llama3: Tokenizer) -> 
 @settings(max_examples=200, deadline=None, suppress_health_check=FIXTURES_ONCE)
 @given(
     texts=st.lists(
-        st.text(max_size=30) | st.sampled_from(["", TEXT, "<|begin_of_text", "x<|begin_of_text|>", "\ud800"])
+        st.text(max_size=30) | st.sampled_from(["", TEXT, *(f"x{name}" for name in SEPARATORS), "<|reserved", "\ud800"])
     )
 )
 @pytest.mark.parametrize("name", ["llama3", "smollm2"])
@@ -166,6 +168,19 @@ def test_many_texts_in_one_call_are_each_encoded_alone(
     assert ids.dtype == np.int32
     parts = np.split(ids, np.cumsum(lengths)[:-1]) if texts else []
     assert [part.tolist() for part in parts] == [tokenizer.encode(text) for text in texts]
+
+
+def test_control_tokens_names_in_texts_part_nothing(llama3: Tokenizer, smollm2: Tokenizer) -> None:
+    for tokenizer, name in zip((llama3, smollm2), SEPARATORS, strict=True):
+        assert isinstance(tokenizer._codec, BpeCodec)
+        assert tokenizer._codec._separator == (name, tokenizer.special_tokens[name])
+    codec = llama3._codec
+    assert isinstance(codec, BpeCodec)
+    names = [f"about {name}" for name in llama3.special_tokens]
+    for texts in (names[:11], names[-1:], names[-2:]):
+        joined = codec.encode_joined(texts)
+        assert joined is None or joined.to_lists(llama3.vocab_size) == [llama3.encode(text) for text in texts]
+    assert codec.encode_joined(names[:11]) is not None  # those that texts about models have
 
 
 def test_a_long_text_among_many_is_encoded_as_alone(llama3: Tokenizer) -> None:

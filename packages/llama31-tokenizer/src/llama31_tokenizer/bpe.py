@@ -85,7 +85,7 @@ class BpeCodec:
         """Ids of a text as an array, without a list in between where that can be."""
         import numpy as np
 
-        if self._is_plain and len(text) < 2 * STEP_CHARS:
+        if self._is_plain and not _has_long_run(text):
             if self._fast:
                 return self._fast.encode_to_numpy(text)
             if len(text) >= FEWEST_CHARS and self._han and (found := self._han.encode([text])):
@@ -98,7 +98,7 @@ class BpeCodec:
 
     def encode_joined(self, texts: Sequence[str]) -> JoinedIds | None:
         """Ids of many texts, from one call of the engine; None where that cannot be."""
-        if not self._is_plain or max(map(len, texts), default=0) >= 2 * STEP_CHARS:
+        if not self._is_plain or any(map(_has_long_run, texts)):
             return None
         if self._fast:
             return self._fast.encode_joined(texts)
@@ -135,7 +135,7 @@ class BpeCodec:
         return found if len(found.starts) == len(texts) else None
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        if len(text) < 2 * STEP_CHARS:
+        if not _has_long_run(text):
             return self._encode_short(text)
         from llama31_tokenizer.long_runs import encode_around_runs  # needs regex, which takes time to import
 
@@ -238,12 +238,23 @@ class BpeCodec:
 
 
 def _find_separator(vocabulary: Vocabulary) -> tuple[str, int] | None:
-    """A control token that cannot begin in the end of a text, with one "<", where it begins, nor begins another one."""
+    """A control token that cannot begin in the end of a text, with one "<", where it begins, nor begins another one.
+
+    The last such, which in Llama 3 is one kept for later: texts about models have the names of the others.
+    """
     names = [*vocabulary.special_tokens, *vocabulary.literal_tokens]
-    for name, token_id in vocabulary.special_tokens.items():
+    for name, token_id in reversed(list(vocabulary.special_tokens.items())):
         if name.rfind("<") == 0 and len(name) > 1 and sum(other.startswith(name) for other in names) == 1:
             return name, token_id
     return None
+
+
+def _has_long_run(text: str) -> bool:
+    if len(text) < 2 * STEP_CHARS:
+        return False
+    from llama31_tokenizer.long_runs import find_long_run  # needs regex, which takes time to import
+
+    return find_long_run(text, 0, STEP_CHARS) is not None
 
 
 def compile_names(names: Iterable[str]) -> re.Pattern[str]:
