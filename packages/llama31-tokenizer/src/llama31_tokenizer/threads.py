@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 # Characters of a thread's share of work: long against the cost of handing it over, short against the whole.
-_LEAST_GROUP, _MOST_GROUP, _GROUPS_PER_THREAD = 1 << 16, 1 << 17, 8
+_LEAST_GROUP, _MOST_GROUP, _GROUPS_PER_THREAD = 1 << 15, 1 << 16, 8
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | None) -> list[list[int]]:
