@@ -150,6 +150,12 @@ class Cost:
     bytes: float
 
 
+def _bytes_read(cell: Any) -> float:
+    """Of a cell's matrix; scales and biases, if it has them, are read in half as many bits (matmul.h)."""
+    numbers, *ranges = cell.get_parameters()
+    return float(numbers.nbytes + sum(one.nbytes for one in ranges) / 2)
+
+
 def costs(config: ModelConfig, runner: GraphRunner, arrays: Arrays) -> dict[str, Cost]:
     """Of the phases that have products in them."""
     positions_BT, wanted = arrays[1], len(arrays[-1])
@@ -160,7 +166,7 @@ def costs(config: ModelConfig, runner: GraphRunner, arrays: Arrays) -> dict[str,
         weights = [cell for cells in matrices for cell in cells]
         shapes = [next(iter(cell.get_parameters())).shape for cell in weights]
         numbers = sum(int(shape[0]) for shape in shapes)
-        return Cost(2.0 * rows * numbers, float(sum(p.nbytes for cell in weights for p in cell.get_parameters())))
+        return Cost(2.0 * rows * numbers, float(sum(map(_bytes_read, weights))))
 
     def scaled(cost: Cost, width: int) -> Cost:
         return Cost(cost.operations * width, cost.bytes)

@@ -34,6 +34,7 @@ from llama31_core.errors import CheckpointError, ConfigError
 from llama31_core.inference.batch import ForwardInput
 from llama31_core.inference.cache_plan import plan_cache
 from llama31_core.inference.engine import Engine
+from llama31_core.inference.native_llama import pack_ranges
 from llama31_core.inference.options import EngineOptions
 from llama31_core.inference.runner import GraphRunner
 from llama31_core.inference.values import set_value
@@ -118,6 +119,26 @@ def test_weights_are_within_half_a_step_and_zeros_stay_where_offsets_are_whole(
     assert (matrix.scales == matrix.scales.astype(ml_dtypes.bfloat16)).all()
     held = offsets + (8 if bits == 4 else 0)
     assert np.abs(held - held.astype(ml_dtypes.bfloat16)).max() <= (1 / 32 if bits == 4 else 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0, 15), st.floats(-30, 3), st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("bits", [8, 4])
+def test_ranges_in_32_bits_are_the_same(bits: int, first: float, magnitude: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    grid = rng.integers(0, 16, (6, 64)) - first
+    weights = (np.concatenate([grid, rng.normal(0, 5, (6, 64))]) * 10**magnitude).astype(np.float32)
+    matrix = quantize(weights, bits, 32)
+    packed = pack_ranges(matrix.scales, matrix.biases)
+    scales = (packed << 16).view(np.float32)
+    assert (scales == matrix.scales).all()
+    assert ((packed >> 16) * (scales / np.float32(128)) == matrix.biases).all()
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(1.001, 0.0), (1.0, 256.0), (1.0, np.nan), (0.0, 0.0)])
+def test_ranges_that_do_not_fit_in_32_bits_are_refused(scale: float, bias: float) -> None:
+    with pytest.raises(CheckpointError, match="make them again"):
+        pack_ranges(np.full((1, 2), scale, np.float32), np.full((1, 2), bias, np.float32))
 
 
 def test_weights_whose_squares_are_no_numbers_of_32_bits() -> None:

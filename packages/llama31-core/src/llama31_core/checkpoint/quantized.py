@@ -1,8 +1,9 @@
 """Weights of 8 or 4 bits: a matrix in, whole numbers with a scale and a bias for each group of columns out, and back.
 
 `weight = q * scale + bias`. A scale is a bfloat16 number. A bias is a small whole number of scales, so that zero stays
-zero; with 4 bits it is the group's least weight if the weights lie on a grid from there, as those of Q4_1 files do.
-NPUs hold biases in 16 bits, as numbers of scales: whole ones exactly, the others within 1/32 of a scale. In place of a
+zero; with 4 bits it is the group's least weight, in 128ths of a scale, if the weights lie on a grid from there, as
+those of Q4_1 files do. So both go into 32 bits for the native kernels. NPUs hold biases in 16 bits, as numbers of
+scales: whole ones exactly, the others within 1/32 of a scale. In place of a
 matrix `NAME.weight` of shape (N, K) a quantised checkpoint has three tensors (G = K / group_size rounded up; the last
 group may be shorter):
 
@@ -31,6 +32,7 @@ from llama31_core.config import ModelConfig, Quantization
 from llama31_core.errors import CheckpointError
 
 _LOWEST = {8: -128, 4: 0}
+_PARTS = np.float32(128)  # of a scale, whole numbers of which a bias is
 QWEIGHT, SCALES, BIASES = "qweight", "scales", "biases"
 
 
@@ -81,7 +83,7 @@ def _ranges(weights: npt.NDArray[np.float32], bits: int) -> Iterator[tuple[Array
     scales = np.where(scales > 0, scales, np.float32(1))
     yield scales, -(np.rint(-low / scales) + np.float32(_LOWEST[bits])) * scales, 1
     if bits == 4:
-        yield scales, low, _FREE_COUNTS
+        yield scales, np.rint(low * _PARTS / scales) * scales / _PARTS, _FREE_COUNTS
 
 
 def choose_ranges(
@@ -192,6 +194,12 @@ def stored_bytes(config: ModelConfig) -> int:
     """Of all tensors of a quantised checkpoint, with norms in float32."""
     sizes = {"uint8": 1, "int8": 1}
     return sum(math.prod(shape) * sizes.get(dtype, 4) for shape, dtype in stored_shapes(config).values())
+
+
+def packed_range_bytes(config: ModelConfig) -> int:
+    """Of scales and biases as the native kernels hold them beside: 32 bits for each group."""
+    shapes = stored_shapes(config)
+    return sum(4 * math.prod(shape) for name, (shape, _) in shapes.items() if name.endswith(f".{SCALES}"))
 
 
 def check_stored(weights: Weights, config: ModelConfig) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama31_core.checkpoint.quantized import stored_bytes
+from llama31_core.checkpoint.quantized import packed_range_bytes, stored_bytes
 from llama31_core.config import ModelConfig
 from llama31_core.errors import ConfigError
 from llama31_core.inference.options import EngineOptions
@@ -103,7 +103,9 @@ def plan_cache(
 
 
 def _weight_bytes(config: ModelConfig, precision: Precision) -> int:
-    return config.num_parameters * precision.param_bytes if config.quantization is None else stored_bytes(config)
+    if config.quantization is None:
+        return config.num_parameters * precision.param_bytes
+    return stored_bytes(config) + (packed_range_bytes(config) if precision.compute == "float32" else 0)
 
 
 def _weights_are(config: ModelConfig, precision: Precision) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 from mindspore import Tensor, nn
 
+from llama31_core.errors import CheckpointError
 from llama31_core.kernels.native import load_library
 from llama31_core.model import Llama
 from llama31_core.model.transformer import TransformerBlock
@@ -45,7 +45,7 @@ class NativeLlama:
         table = _matrix(llama.model.tok_embeddings)
         quantization = llama.config.quantization
         group_size = 0 if quantization is None else quantization.group_size
-        self._held = (
+        self._held: tuple[Tensor, ...] = (
             Tensor(np.array([eps, block_size, group_size], np.float32)),
             Tensor(inverse_frequencies(llama.config)),
             llama.model.norm_out.weight,
@@ -99,7 +99,7 @@ def _row(shape: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(shape))(*shape)
 
 
-def _layer(block: TransformerBlock) -> tuple[ms.Parameter, ...]:
+def _layer(block: TransformerBlock) -> tuple[Tensor, ...]:
     """A layer's parameters in the library's order; it writes new keys and values into the caches."""
     attention, feed_forward = block.attention, block.feed_forward
     return (
@@ -112,6 +112,27 @@ def _layer(block: TransformerBlock) -> tuple[ms.Parameter, ...]:
     )
 
 
-def _matrix(cell: nn.Cell) -> list[ms.Parameter]:
-    """A cell's matrix: its one parameter, or numbers, scales and biases."""
-    return list(cell.get_parameters())
+def _matrix(cell: nn.Cell) -> list[Tensor]:
+    """A cell's matrix: its one parameter, or numbers and ranges."""
+    numbers, *ranges = cell.get_parameters()
+    return [numbers, Tensor(pack_ranges(*(one.asnumpy() for one in ranges)))] if ranges else [numbers]
+
+
+def pack_ranges(scales_OG: _Floats, biases_OG: _Floats) -> _Ints:
+    """Scales and biases as matmul.h's Range: a bfloat16 number, and how many 128ths of it.
+
+    checkpoint/quantized.py makes none that cannot be told so; another maker's bias is rounded.
+
+    Raises:
+        CheckpointError: a scale has more digits, or a bias is 256 scales or more.
+    """
+    bits_OG = scales_OG.view(np.int32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        zeros_OG = np.rint(biases_OG * np.float32(128) / scales_OG)
+    if (bits_OG & 0xFFFF).any() or not (np.abs(zeros_OG) < 1 << 15).all():
+        raise CheckpointError(
+            "quantised weights: a scale is no bfloat16 number, or a bias is not within 256 scales; expected weights "
+            "that `llama31-ckpt quantize` made: make them again"
+        )
+    packed_OG: _Ints = zeros_OG.astype(np.int32) << 16 | (bits_OG >> 16 & 0xFFFF)
+    return packed_OG

@@ -15,7 +15,7 @@ class Arguments {
   Arguments(void **params, int64_t **shapes, const char **dtypes)
       : params_(params), shapes_(shapes), dtypes_(dtypes) {}
 
-  bool is_quantized = false;  // then a matrix is three arguments
+  bool is_quantized = false;  // then a matrix is two arguments
 
   const int64_t *shape() const { return shapes_[at_]; }  // of the next one
   std::string dtype() const { return dtypes_[at_]; }
@@ -26,9 +26,7 @@ class Arguments {
 
   Stored Matrix() {
     const void *data = Any();
-    if (!is_quantized) return {data, nullptr, nullptr};
-    const float *scales = Floats();
-    return {data, scales, Floats()};
+    return {data, is_quantized ? static_cast<const Range *>(Any()) : nullptr};
   }
 
  private:
@@ -64,8 +62,8 @@ struct KindsOf {
 //
 // tokens, positions, slots (B, T), tables (B, M), wanted (N,), settings (3,), frequencies (D / 2,), norm_out (E,),
 // embedding (V, E), head (V, E); then of each layer attention_norm (E,), wq, wk, wv, wo, ffn_norm (E,), w1, w2, w3, key
-// and value cache (C, K, D), float32 or bfloat16; then the output, logits (N, V). A quantised matrix (quantized.h) is its
-// numbers, scales and biases. Returns 1 if the number of arguments is another one.
+// and value cache (C, K, D), float32 or bfloat16; then the output, logits (N, V). A quantised matrix is its
+// numbers and ranges. Returns 1 if the number of arguments is another one.
 template <typename Use>
 int WithModel(int nparam, void **params, int64_t **shapes, const char **dtypes, const Use &use) {
   Arguments arguments(params, shapes, dtypes);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "numbers.h"
@@ -16,10 +17,19 @@
 
 namespace llama31 {
 
-// A weight as the operator is given it; scales and biases, (N, G), are null where it is not quantised.
+// Of a group of quantised columns: weight = (q + zero) * scale. In 32 bits, as every weight of a few bits has a share.
+struct Range {
+  Bf16 short_scale;
+  int16_t zero;  // in 128ths
+
+  float scale() const { return short_scale.wide(); }
+  float bias() const { return static_cast<float>(zero) * (scale() * 0.0078125f); }
+};
+
+// A weight as the model is given it; ranges, (N, G), are null where it is not quantised.
 struct Stored {
   const void *data;
-  const float *scales, *biases;
+  const Range *ranges;
 };
 
 // What a tile goes through of the columns: all of them, or one of the parts that K is cut into. Meanwhile it asks for
@@ -31,7 +41,8 @@ struct Columns {
 };
 
 // Asks for memory line by line. Four rows that follow each other are read side by side, which a processor does not
-// foresee as it does one stream.
+// foresee as it does one stream. GCC takes a function that only asks for memory for one without effect and leaves calls of
+// it out, so this and what only calls it must become part of its caller.
 ALWAYS_INLINE void FetchLines(const void *from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(static_cast<const char *>(from) + at, _MM_HINT_T0);
 }
@@ -59,54 +70,64 @@ class PlainInputs {
   int64_t k_ = 0;
 };
 
-// Four rows of a weight as they are, wherever they lie. How `Tile` sees rows: columns come in groups, for each of which
-// it keeps what Begin gives.
+// Four rows of a weight as they are, wherever they lie. How `Tile` sees rows: columns come in groups of a span, for each
+// of which it keeps what Begin gives.
 template <typename T>
 struct PlainRows {
   struct Group {};
 
   const T *data[4];
 
-  int64_t group(int64_t k) const { return k; }
+  int64_t span(const Columns &columns) const { return columns.end - columns.begin; }
+  int64_t first_group(const Columns &) const { return 0; }
   Group Begin(int, int64_t) const { return {}; }
   auto Load(int j, int64_t at, Group) const { return Lanes<T>::Load(data[j] + at); }
   auto Load(int j, int64_t at, int count) const { return Lanes<T>::Load(data[j] + at, count); }
-  // A step's share of the next four rows of k columns, in the order they lie in.
-  void FetchNext(int64_t k, int64_t at, int64_t step) const {
-    FetchLines(data[0] + 4 * (k + at), 4 * step * sizeof(T));
-  }
-  // Numbers of the four rows after those, from one of them on: were they the next, the last would be needed at once.
-  void FetchLater(int64_t k, int64_t from, int64_t share) const {
-    FetchLines(data[0] + 8 * k + from, share * sizeof(T));
-  }
+  // What the steps of a tile ask for, in the order it lies in: the next four rows of k columns, or those after them,
+  // where the last of the next ones would be needed at once. From a number on; how many bytes numbers have.
+  const void *FetchFrom(int64_t k, int64_t from, bool is_next) const { return data[0] + (is_next ? 4 : 8) * k + from; }
+  static int64_t FetchBytes(int64_t count) { return count * static_cast<int64_t>(sizeof(T)); }
 };
 
 // Rows that were written out and lie in the cache.
 template <typename T>
 struct WidenedRows : PlainRows<T> {
-  void FetchNext(int64_t, int64_t, int64_t) const {}
-  void FetchLater(int64_t, int64_t, int64_t) const {}
+  static int64_t FetchBytes(int64_t) { return 0; }
 };
 
 constexpr int kTileRows = kLanes == 16 ? 6 : 3;  // of x: sums of as many rows times four stay in registers
 
+// use(i) for i from 0 on, as constants: an array that is only indexed with such is kept in registers, whether the compiler
+// makes a function of the code around it or not.
+template <int... kIndexes, typename Use>
+ALWAYS_INLINE void ForConstants(std::integer_sequence<int, kIndexes...>, const Use &use) {
+  (use(std::integral_constant<int, kIndexes>()), ...);
+}
+template <int kCount, typename Use>
+ALWAYS_INLINE void ForConstants(const Use &use) {
+  ForConstants(std::make_integer_sequence<int, kCount>(), use);
+}
+
 // The lanes' sums of MR rows of x times four: zeros, or those that the part before left in `carried`, (MR, 4).
 template <int MR>
 ALWAYS_INLINE void Start(const Columns &columns, const float *carried, Vector (&sums)[MR][4]) {
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < 4; ++j) sums[i][j] = columns.is_first ? Zero() : Load(carried + (i * 4 + j) * kLanes);
+  ForConstants<MR>([&](auto i) INLINED {
+    ForConstants<4>([&](auto j) INLINED {
+      sums[i][j] = columns.is_first ? Zero() : Load(carried + (i * 4 + j) * kLanes);
+    });
+  });
 }
 
 // After the last part the lanes are added up, to `out`; before it their sums are left in `carried`.
 template <int MR>
 ALWAYS_INLINE void Finish(const Vector (&sums)[MR][4], const Columns &columns, float *carried, __m128 *out) {
-  for (int i = 0; i < MR; ++i) {
+  ForConstants<MR>([&](auto i) INLINED {
     if (columns.is_last) {
       out[i] = SumEach(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
     } else {
-      for (int j = 0; j < 4; ++j) Store(carried + (i * 4 + j) * kLanes, sums[i][j]);
+      ForConstants<4>([&](auto j) INLINED { Store(carried + (i * 4 + j) * kLanes, sums[i][j]); });
     }
-  }
+  });
 }
 
 // MR rows of x, from `m` on, times four rows.
@@ -117,31 +138,35 @@ inline void Tile(const PlainView<T> &x, int64_t m, const Rows &rows, const Colum
   Vector sums[MR][4];
   Start(columns, carried, sums);
   const T *first = x.row(m);
-  const auto add = [&](int64_t at, const auto &load_row, const auto &load_x) __attribute__((always_inline)) {
+  const auto add = [&](int64_t at, const auto &load_row, const auto &load_x) INLINED {
     decltype(load_x(first)) xs[MR];
-    for (int i = 0; i < MR; ++i) xs[i] = load_x(first + i * x.k + at);
-    for (int j = 0; j < 4; ++j) {
+    ForConstants<MR>([&](auto i) INLINED { xs[i] = load_x(first + i * x.k + at); });
+    ForConstants<4>([&](auto j) INLINED {
       const auto w = load_row(j);
-      for (int i = 0; i < MR; ++i) sums[i][j] = L::Accumulate(sums[i][j], xs[i], w);
-    }
+      ForConstants<MR>([&](auto i) INLINED { sums[i][j] = L::Accumulate(sums[i][j], xs[i], w); });
+    });
   };
-  int64_t at = columns.begin, fetched = columns.fetch_from;
-  while (at + L::kStep <= columns.end) {
+  constexpr int64_t kAll = 4 * L::kStep;
+  const bool fetches_all = MR <= 2 && columns.fetch_share == kAll;  // the only tile, and a low one
+  const int64_t span = rows.span(columns), fetch_bytes = rows.FetchBytes(columns.fetch_share);
+  auto *fetched = static_cast<const char *>(rows.FetchFrom(x.k, columns.fetch_from, fetches_all));
+  int64_t at = columns.begin;
+  for (int64_t group = rows.first_group(columns); at + L::kStep <= columns.end; ++group) {
     typename Rows::Group groups[4];
-    for (int j = 0; j < 4; ++j) groups[j] = rows.Begin(j, at);
-    const int64_t size = rows.group(x.k), end = std::min(columns.end, at - at % size + size);
+    ForConstants<4>([&](auto j) INLINED { groups[j] = rows.Begin(j, group); });
+    const int64_t end = std::min(columns.end, at + span);  // a part of the columns begins with a group
     for (; at + L::kStep <= end; at += L::kStep) {
-      if (MR <= 2 && columns.fetch_share == 4 * L::kStep) {  // the only tile: a known length saves a tenth of its time
-        rows.FetchNext(x.k, at, L::kStep);
-      } else if (columns.fetch_share) {
-        rows.FetchLater(x.k, fetched, columns.fetch_share), fetched += columns.fetch_share;
+      if (fetches_all) {
+        FetchLines(fetched, rows.FetchBytes(kAll)), fetched += rows.FetchBytes(kAll);  // a known length is faster
+      } else {
+        FetchLines(fetched, fetch_bytes), fetched += fetch_bytes;
       }
-      add(at, [&](int j) { return rows.Load(j, at, groups[j]); }, [](const T *p) { return L::Load(p); });
+      add(at, [&](auto j) INLINED { return rows.Load(j, at, groups[j]); }, [](auto *p) INLINED { return L::Load(p); });
     }
   }
   if (at < columns.end) {
     const int rest = static_cast<int>(columns.end - at);
-    add(at, [&](int j) { return rows.Load(j, at, rest); }, [&](const T *p) { return L::Load(p, rest); });
+    add(at, [&](auto j) INLINED { return rows.Load(j, at, rest); }, [&](auto *p) INLINED { return L::Load(p, rest); });
   }
   Finish(sums, columns, carried, out);
 }

@@ -12,6 +12,13 @@ namespace llama31 {
 
 struct Bf16 {
   uint16_t bits;
+
+  float wide() const {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float number;
+    std::memcpy(&number, &wide, sizeof number);
+    return number;
+  }
 };
 
 // Lanes of float32 from numbers of either type: all, or the first `count` and then zeros.

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "matmul.h"
@@ -22,6 +23,19 @@ namespace llama31 {
 
 constexpr int64_t kSteps = Lanes<Bf16>::kStep;  // columns that one load widens; groups are multiples of it
 
+// A range in all lanes.
+struct FilledRange {
+  explicit FilledRange(const Range &range) {
+    int32_t stored;
+    std::memcpy(&stored, &range, sizeof stored);
+    const __m512i lanes = _mm512_set1_epi32(stored);
+    scale = _mm512_castsi512_ps(_mm512_slli_epi32(lanes, 16));
+    zero = _mm512_cvtepi32_ps(_mm512_srai_epi32(lanes, 16)) * Fill(0.0078125f);
+  }
+
+  Vector scale, zero;
+};
+
 // 8 bits: (N, K) of int8.
 struct Bits8 {
   static constexpr int64_t kPerByte = 1;
@@ -29,7 +43,7 @@ struct Bits8 {
     Vector scale, bias;
   };
 
-  static Group Begin(float scale, float bias) { return {Fill(scale), Fill(bias)}; }
+  static Group Begin(const FilledRange &range) { return {range.scale, range.zero * range.scale}; }
 
   static __m512i Load(const uint8_t *p, const Group &group) {
     const __m512 low = Widen(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)), group);
@@ -50,9 +64,9 @@ struct Bits4 {
     __m512i table;
   };
 
-  static Group Begin(float scale, float bias) {
+  static Group Begin(const FilledRange &range) {
     const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 weights = _mm512_fmadd_ps(steps, Fill(scale), Fill(bias));
+    const __m512 weights = (steps + range.zero) * range.scale;
     return {(__m512i)_mm512_cvtne2ps_pbh(weights, weights)};
   }
 
@@ -70,14 +84,13 @@ template <typename Bits>
 struct QuantizedRows : StoredRows<Bits> {
   using Group = typename Bits::Group;
 
-  int64_t group(int64_t) const { return this->group_size; }
-  Group Begin(int j, int64_t at) const {
-    return Bits::Begin(this->scales[j][at / this->group_size], this->biases[j][at / this->group_size]);
-  }
+  int64_t span(const Columns &) const { return this->group_size; }
+  int64_t first_group(const Columns &columns) const { return columns.is_first ? 0 : columns.begin / this->group_size; }
+  Group Begin(int j, int64_t group) const { return Bits::Begin(FilledRange(this->ranges[j][group])); }
   auto Load(int j, int64_t at, const Group &group) const {
     return Bits::Load(this->data[j] + at / Bits::kPerByte, group);
   }
-  auto Load(int j, int64_t at, int) const { return Load(j, at, Begin(j, at)); }  // K has no rest
+  auto Load(int j, int64_t at, int) const { return Load(j, at, Begin(j, at / this->group_size)); }  // K has no rest
 };
 
 // A matrix (N, K); `rows` at a time are widened once and kept where many rows of x go through them.
@@ -98,7 +111,7 @@ class QuantizedMatrix : public StoredMatrix<Bits> {
     static thread_local std::vector<Bf16> buffer;
     Bf16 *to = Scratch(buffer, 4 * this->k_);
     WidenedRows<Bf16> widened{};
-    rows.FetchNext(this->k_, columns.begin, columns.end - columns.begin);
+    rows.FetchNext(this->k_, columns.begin, columns.end);
     for (int j = 0; j < 4; ++j, to += this->k_) {
       Expand(rows, j, columns.begin, columns.end, to);
       widened.data[j] = to;
@@ -118,7 +131,7 @@ class QuantizedMatrix : public StoredMatrix<Bits> {
   // Columns [begin, end), of which the first begins a group.
   void Expand(const QuantizedRows<Bits> &rows, int j, int64_t begin, int64_t end, Bf16 *to) const {
     for (int64_t at = begin; at < end;) {
-      const auto group = rows.Begin(j, at);
+      const auto group = rows.Begin(j, at / this->group_size_);
       for (const int64_t last = std::min(end, at + this->group_size_); at < last; at += kSteps) {
         _mm512_storeu_si512(to + at, rows.Load(j, at, group));
       }

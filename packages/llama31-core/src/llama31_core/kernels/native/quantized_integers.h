@@ -145,7 +145,7 @@ struct WidenedNumbers : QuantizedRows<Bits> {
   const int16_t *numbers[4];
 
   Pair Load(int j, int64_t at) const { return LoadPair(numbers[j] + at); }
-  void FetchNext(int64_t, int64_t, int64_t) const {}
+  ALWAYS_INLINE void FetchNext(int64_t, int64_t, int64_t) const {}
 };
 
 // The sums of products of columns [begin, end) of MR rows of x, k numbers each, with four rows. A function by itself, so
@@ -162,7 +162,7 @@ __attribute__((noinline)) void SumProducts(const int16_t *x, int64_t k, const Ro
     asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
   };
   for (int64_t at = begin; at < end; at += kStep16) {
-    if (fetches) rows.FetchNext(k, at, kStep16);
+    if (fetches) rows.FetchNext(k, at, at + kStep16);
     Pair numbers[MR];
     for (int i = 0; i < MR; ++i) {
       numbers[i] = LoadPair(x + i * k + at);
@@ -176,6 +176,13 @@ __attribute__((noinline)) void SumProducts(const int16_t *x, int64_t k, const Ro
   }
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < 4; ++j) sums[i][j] = whole[i][j];
+}
+
+// The biases of as many ranges as there are lanes.
+inline Vector Biases(const Range *ranges, Mask mask) {
+  const __m256i stored = _mm256_maskload_epi32(reinterpret_cast<const int *>(ranges), mask);
+  const Vector scale = _mm256_castsi256_ps(_mm256_slli_epi32(stored, 16));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(stored, 16)) * (scale * Fill(0.0078125f));
 }
 
 // MR rows of x, from `m` on, times four rows.
@@ -194,14 +201,14 @@ inline void Tile(const IntegerView &x, int64_t m, const Rows &rows, const Column
     for (int i = 0; i < MR; ++i) {
       const float scale = x.scales[(m + i) * x.sections + section];
       for (int j = 0; j < 4; ++j) {
-        sums[i][j] = MultiplyAdd(_mm256_cvtepi32_ps(whole[i][j]), Fill(scale * rows.scales[j][group]), sums[i][j]);
+        sums[i][j] = MultiplyAdd(_mm256_cvtepi32_ps(whole[i][j]), Fill(scale * rows.ranges[j][group].scale()), sums[i][j]);
       }
     }
   }
   for (int64_t g = 0; columns.is_last && g < rows.groups; g += kLanes) {
     const Mask mask = FirstLanes(rows.groups - g);
     for (int j = 0; j < 4; ++j) {
-      const Vector bias = Load(rows.biases[j] + g, mask);
+      const Vector bias = Biases(rows.ranges[j] + g, mask);
       for (int i = 0; i < MR; ++i) {
         sums[i][j] = MultiplyAdd(bias, Load(x.sums + (m + i) * x.groups + g, mask), sums[i][j]);
       }
@@ -245,7 +252,8 @@ class QuantizedMatrix : public StoredMatrix<Bits> {
     const StoredRows<Bits> rows = this->RowsAt(n, n + 1);
     for (int64_t i = 0; i < this->k_; ++i) {
       const int64_t group = i / this->group_size_;
-      to[i] = static_cast<float>(Bits::NumberAt(rows.data[0], i)) * rows.scales[0][group] + rows.biases[0][group];
+      const Range range = rows.ranges[0][group];
+      to[i] = static_cast<float>(Bits::NumberAt(rows.data[0], i)) * range.scale() + range.bias();
     }
   }
 };

@@ -10,18 +10,21 @@ namespace llama31 {
 
 constexpr int64_t kFetchAhead = 6 * 1024;  // bytes between what is multiplied and what is asked for, at least
 
-// Four rows as they are stored: the numbers of `Bits`, and of each group of columns a scale and a bias.
+// Four rows as they are stored: the numbers of `Bits`, and the range of each group of columns.
 template <typename Bits>
 struct StoredRows {
   int64_t group_size, groups;
   const uint8_t *data[4];
-  const float *scales[4], *biases[4];
+  const Range *ranges[4];
 
-  // A step's share of the next four rows of k columns, or of later ones: short rows do not take as long as memory does.
-  void FetchNext(int64_t k, int64_t at, int64_t step) const { FetchLater(k, 4 * at, 4 * step); }
-  void FetchLater(int64_t k, int64_t from, int64_t share) const {
-    const int64_t ahead = std::max(4 * k / Bits::kPerByte, kFetchAhead);
-    FetchLines(data[0] + ahead + from / Bits::kPerByte, share / Bits::kPerByte);
+  // As those of PlainRows; of later rows where the next ones do not take as long as memory does.
+  const void *FetchFrom(int64_t k, int64_t from, bool) const {
+    return data[0] + std::max(4 * k / Bits::kPerByte, kFetchAhead) + from / Bits::kPerByte;
+  }
+  static int64_t FetchBytes(int64_t count) { return count / Bits::kPerByte; }
+  // For columns [begin, end).
+  ALWAYS_INLINE void FetchNext(int64_t k, int64_t begin, int64_t end) const {
+    FetchLines(FetchFrom(k, 4 * begin, true), FetchBytes(4 * (end - begin)));
   }
 };
 
@@ -39,12 +42,12 @@ class StoredMatrix {
   // The four rows from n on; beyond the last one, the last one again.
   StoredRows<Bits> RowsAt(int64_t n, int64_t n_end) const {
     // So few numbers of each row that the processor does not foresee them either.
-    FetchLines(stored_.scales + (n + 16) * groups_, 1), FetchLines(stored_.biases + (n + 16) * groups_, 1);
-    StoredRows<Bits> rows{group_size_, groups_, {}, {}, {}};
+    FetchLines(stored_.ranges + (n + 16) * groups_, 4 * groups_ * static_cast<int64_t>(sizeof(Range)));
+    StoredRows<Bits> rows{group_size_, groups_, {}, {}};
     for (int j = 0; j < 4; ++j) {
       const int64_t row = std::min<int64_t>(n + j, n_end - 1);
       rows.data[j] = static_cast<const uint8_t *>(stored_.data) + row * k_ / Bits::kPerByte;
-      rows.scales[j] = stored_.scales + row * groups_, rows.biases[j] = stored_.biases + row * groups_;
+      rows.ranges[j] = stored_.ranges + row * groups_;
     }
     return rows;
   }

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 // What keeps vectors in registers only where it is inlined, which GCC leaves to chance in large sources.
+#define INLINED __attribute__((always_inline))  // of a lambda
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace llama31 {
