@@ -52,10 +52,11 @@ def bench_threads(ours: Tokenizer, raw: Any, corpora: Corpora, rounds: int) -> N
 def _works(
     ours: Tokenizer, raw: Any, documents: list[str], number: int, halves: list[tuple[list[str], list[str]]], pipe: Any
 ) -> dict[str, Work]:
-    def in_two_processes() -> None:
+    def in_two_processes() -> list[list[int]]:
         pipe.send(number)
-        ours.encode_batch(halves[number][0], num_threads=1)
+        rows = ours.encode_batch(halves[number][0], num_threads=1)
         pipe.recv()
+        return rows
 
     return {
         "one thread": lambda: ours.encode_batch(documents, num_threads=1),
@@ -69,13 +70,8 @@ def _works(
 
 def _serve(ours: Tokenizer, halves: list[tuple[list[str], list[str]]], pipe: Connection) -> None:
     while (number := pipe.recv()) is not None:
-        time_work(partial(_encode_and_tell, ours, halves[number][1], pipe))
-
-
-def _encode_and_tell(ours: Tokenizer, documents: list[str], pipe: Connection) -> list[list[int]]:
-    rows = ours.encode_batch(documents, num_threads=1)
-    pipe.send(None)
-    return rows
+        time_work(partial(ours.encode_batch, halves[number][1], num_threads=1))
+        pipe.send(None)
 
 
 def _halve(documents: list[str]) -> tuple[list[str], list[str]]:

@@ -129,13 +129,22 @@ def test_ranges_in_32_bits_are_the_same(bits: int, first: float, magnitude: floa
     grid = rng.integers(0, 16, (6, 64)) - first
     weights = (np.concatenate([grid, rng.normal(0, 5, (6, 64))]) * 10**magnitude).astype(np.float32)
     matrix = quantize(weights, bits, 32)
-    packed = pack_ranges(matrix.scales, matrix.biases)
+    packed, num_rounded = pack_ranges(matrix.scales, matrix.biases)
+    assert num_rounded == 0
     scales = (packed << 16).view(np.float32)
     assert (scales == matrix.scales).all()
     assert ((packed >> 16) * (scales / np.float32(128)) == matrix.biases).all()
 
 
-@pytest.mark.parametrize(("scale", "bias"), [(1.001, 0.0), (1.0, 256.0), (1.0, np.nan), (0.0, 0.0)])
+def test_biases_between_128ths_are_rounded_and_counted() -> None:
+    packed, num_rounded = pack_ranges(np.full((1, 3), 2, np.float32), np.array([[1, -1.001, 0.5]], np.float32))
+    assert (packed >> 16).tolist() == [[64, -64, 32]]
+    assert num_rounded == 1
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias"), [(1.001, 0.0), (1.0, 256.0), (1.0, np.nan), (0.0, 0.0), (np.inf, 1.0), (np.nan, 1.0)]
+)
 def test_ranges_that_do_not_fit_in_32_bits_are_refused(scale: float, bias: float) -> None:
     with pytest.raises(CheckpointError, match="make them again"):
         pack_ranges(np.full((1, 2), scale, np.float32), np.full((1, 2), bias, np.float32))

@@ -101,4 +101,7 @@ def test_lone_surrogates_count_as_replacement_characters(llama3: Tokenizer) -> N
     assert llama3.encode("a\ud800b") == llama3.encode("a\ufffdb")
     assert llama3.encode("\ud83d\ude00") == llama3.encode("😀")
     assert llama3.encode("\udc00" + " " * 200_000) == llama3.encode("\ufffd" + " " * 200_000)
+    letters = "a\ud835\udc00" * 70_000  # a run of letters, of which half are written in two parts
+    assert codec_of(llama3).encode_joined([letters]) is None
+    assert llama3.encode(letters) == llama3.encode("a\U0001d400" * 70_000)
     assert llama3.encode("a\ud800b" * 50_000) == llama3.encode("a\ufffdb" * 50_000)

@@ -254,7 +254,7 @@ def _has_long_run(text: str) -> bool:
         return False
     from llama31_tokenizer.long_runs import find_long_run  # needs regex, which takes time to import
 
-    return find_long_run(text, 0, STEP_CHARS) is not None
+    return find_long_run(replace_surrogates(text), 0, STEP_CHARS) is not None
 
 
 def compile_names(names: Iterable[str]) -> re.Pattern[str]:

@@ -6,6 +6,7 @@ Shapes: B sequences, T new tokens of each, M blocks of the longest sequence, N r
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,8 @@ _Ints = npt.NDArray[np.int32]
 _Floats = npt.NDArray[np.float32]
 
 _INPUTS = 5  # arrays that a call begins with
+
+logger = logging.getLogger(__name__)
 
 
 class NativeLlama:
@@ -42,7 +45,8 @@ class NativeLlama:
 
     def __init__(self, llama: Llama) -> None:
         eps, block_size = llama.config.norm_eps, llama.model.layers[0].attention.core.block_size
-        table = _matrix(llama.model.tok_embeddings)
+        self._num_rounded = 0
+        table = self._matrix(llama.model.tok_embeddings)
         quantization = llama.config.quantization
         group_size = 0 if quantization is None else quantization.group_size
         self._held: tuple[Tensor, ...] = (
@@ -50,9 +54,15 @@ class NativeLlama:
             Tensor(inverse_frequencies(llama.config)),
             llama.model.norm_out.weight,
             *table,
-            *(table if llama.lm_head is None else _matrix(llama.lm_head)),
-            *(parameter for block in llama.model.layers for parameter in _layer(block)),
+            *(table if llama.lm_head is None else self._matrix(llama.lm_head)),
+            *(parameter for block in llama.model.layers for parameter in self._layer(block)),
         )
+        if self._num_rounded:
+            logger.warning(
+                "%d biases of quantised weights are no 128ths of their scales and were rounded to such, by 1/256 of a "
+                "scale at most; `llama31-ckpt quantize` makes none like that any more",
+                self._num_rounded,
+            )
         self._count = _INPUTS + len(self._held) + 1  # and the logits
         self._addresses = np.zeros(self._count, np.uint64)
         self._rows = [_row(held.shape) for held in self._held]  # kept, as their addresses are handed over
@@ -76,8 +86,29 @@ class NativeLlama:
         assert not failed, "the native library takes another number of arguments"
         return logits_NV
 
+    def _layer(self, block: TransformerBlock) -> tuple[Tensor, ...]:
+        """A layer's parameters in the library's order; it writes new keys and values into the caches."""
+        attention, feed_forward = block.attention, block.feed_forward
+        return (
+            block.attention_norm.weight,
+            *(part for cell in (attention.wq, attention.wk, attention.wv, attention.wo) for part in self._matrix(cell)),
+            block.ffn_norm.weight,
+            *(part for cell in (feed_forward.w1, feed_forward.w2, feed_forward.w3) for part in self._matrix(cell)),
+            attention.core.k_cache,
+            attention.core.v_cache,
+        )
+
+    def _matrix(self, cell: nn.Cell) -> list[Tensor]:
+        """A cell's matrix: its one parameter, or numbers and ranges."""
+        numbers, *ranges = cell.get_parameters()
+        if not ranges:
+            return [numbers]
+        packed, num_rounded = pack_ranges(*(one.asnumpy() for one in ranges))
+        self._num_rounded += num_rounded
+        return [numbers, Tensor(packed)]
+
     def find_parameters(self) -> None:
-        """Take the parameters' addresses again: some have been pointed at other values.
+        """Take the parameters' addresses again: some have been pointed at other values (no quantised ones).
 
         Not each call takes them: that was a millisecond, a tenth of a step.
         """
@@ -99,29 +130,10 @@ def _row(shape: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(shape))(*shape)
 
 
-def _layer(block: TransformerBlock) -> tuple[Tensor, ...]:
-    """A layer's parameters in the library's order; it writes new keys and values into the caches."""
-    attention, feed_forward = block.attention, block.feed_forward
-    return (
-        block.attention_norm.weight,
-        *(parameter for name in ("wq", "wk", "wv", "wo") for parameter in _matrix(getattr(attention, name))),
-        block.ffn_norm.weight,
-        *(parameter for name in ("w1", "w2", "w3") for parameter in _matrix(getattr(feed_forward, name))),
-        attention.core.k_cache,
-        attention.core.v_cache,
-    )
+def pack_ranges(scales_OG: _Floats, biases_OG: _Floats) -> tuple[_Ints, int]:
+    """Scales and biases as matmul.h's Range: a bfloat16 number, and how many 128ths of it; how many had to be rounded.
 
-
-def _matrix(cell: nn.Cell) -> list[Tensor]:
-    """A cell's matrix: its one parameter, or numbers and ranges."""
-    numbers, *ranges = cell.get_parameters()
-    return [numbers, Tensor(pack_ranges(*(one.asnumpy() for one in ranges)))] if ranges else [numbers]
-
-
-def pack_ranges(scales_OG: _Floats, biases_OG: _Floats) -> _Ints:
-    """Scales and biases as matmul.h's Range: a bfloat16 number, and how many 128ths of it.
-
-    checkpoint/quantized.py makes none that cannot be told so; another maker's bias is rounded.
+    checkpoint/quantized.py makes none that cannot be told so.
 
     Raises:
         CheckpointError: a scale has more digits, or a bias is 256 scales or more.
@@ -129,10 +141,12 @@ def pack_ranges(scales_OG: _Floats, biases_OG: _Floats) -> _Ints:
     bits_OG = scales_OG.view(np.int32)
     with np.errstate(divide="ignore", invalid="ignore"):
         zeros_OG = np.rint(biases_OG * np.float32(128) / scales_OG)
-    if (bits_OG & 0xFFFF).any() or not (np.abs(zeros_OG) < 1 << 15).all():
+        num_rounded = int(np.count_nonzero(zeros_OG * (scales_OG / np.float32(128)) != biases_OG))
+    fits_OG = (bits_OG & 0xFFFF == 0) & np.isfinite(scales_OG) & (np.abs(zeros_OG) < 1 << 15)
+    if not fits_OG.all():
         raise CheckpointError(
             "quantised weights: a scale is no bfloat16 number, or a bias is not within 256 scales; expected weights "
             "that `llama31-ckpt quantize` made: make them again"
         )
     packed_OG: _Ints = zeros_OG.astype(np.int32) << 16 | (bits_OG >> 16 & 0xFFFF)
-    return packed_OG
+    return packed_OG, num_rounded
