@@ -135,7 +135,7 @@ class BpeCodec:
         return found if len(found.starts) == len(texts) else None
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        if not _has_long_run(text):
+        if len(text) < 2 * STEP_CHARS:
             return self._encode_short(text)
         from llama31_tokenizer.long_runs import encode_around_runs  # needs regex, which takes time to import
 

@@ -32,7 +32,7 @@ from llama31_core.config import ModelConfig, Quantization
 from llama31_core.errors import CheckpointError
 
 _LOWEST = {8: -128, 4: 0}
-_PARTS = np.float32(128)  # of a scale, whole numbers of which a bias is
+BIAS_PARTS = np.float32(128)  # of a scale, whole numbers of which a bias is
 QWEIGHT, SCALES, BIASES = "qweight", "scales", "biases"
 
 
@@ -83,7 +83,7 @@ def _ranges(weights: npt.NDArray[np.float32], bits: int) -> Iterator[tuple[Array
     scales = np.where(scales > 0, scales, np.float32(1))
     yield scales, -(np.rint(-low / scales) + np.float32(_LOWEST[bits])) * scales, 1
     if bits == 4:
-        yield scales, np.rint(low * _PARTS / scales) * scales / _PARTS, _FREE_COUNTS
+        yield scales, np.rint(low * BIAS_PARTS / scales) * scales / BIAS_PARTS, _FREE_COUNTS
 
 
 def choose_ranges(

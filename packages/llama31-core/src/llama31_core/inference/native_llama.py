@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import Tensor, nn
 
+from llama31_core.checkpoint.quantized import BIAS_PARTS
 from llama31_core.errors import CheckpointError
 from llama31_core.kernels.native import load_library
 from llama31_core.model import Llama
@@ -140,8 +141,8 @@ def pack_ranges(scales_OG: _Floats, biases_OG: _Floats) -> tuple[_Ints, int]:
     """
     bits_OG = scales_OG.view(np.int32)
     with np.errstate(divide="ignore", invalid="ignore"):
-        zeros_OG = np.rint(biases_OG * np.float32(128) / scales_OG)
-        num_rounded = int(np.count_nonzero(zeros_OG * (scales_OG / np.float32(128)) != biases_OG))
+        zeros_OG = np.rint(biases_OG * BIAS_PARTS / scales_OG)
+        num_rounded = int(np.count_nonzero(zeros_OG * (scales_OG / BIAS_PARTS) != biases_OG))
     fits_OG = (bits_OG & 0xFFFF == 0) & np.isfinite(scales_OG) & (np.abs(zeros_OG) < 1 << 15)
     if not fits_OG.all():
         raise CheckpointError(
