@@ -104,6 +104,25 @@ def test_batches_in_several_threads_at_once(tokenizer: Tokenizer, rows: list[lis
         assert all(batch.result(SECONDS) == rows for batch in batches)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_the_collector_hardly_looks_at_ids(num_threads: int, llama3: Tokenizer) -> None:
+    looked_at: list[int] = []
+
+    def look(phase: str, info: dict[str, int]) -> None:
+        young = [one for age in range(info["generation"] + 1) for one in gc.get_objects(generation=age)]
+        if phase == "start" and info["generation"] < 2:
+            looked_at.append(sum(len(one) for one in young if type(one) is list))
+
+    texts = [f"text {n}: 1,234 words of several kinds\n" * 10 for n in range(10_000)]
+    gc.collect()
+    gc.callbacks.append(look)
+    try:
+        found = llama3.encode_batch(texts, num_threads=num_threads)
+    finally:
+        gc.callbacks.remove(look)
+    assert 0 < sum(looked_at) < sum(map(len, found)) / 4
+
+
 def test_a_batch_within_a_batch(tokenizer: Tokenizer, rows: list[list[int]]) -> None:
     def work(own: Tokenizer, group: Sequence[str]) -> list[list[int]]:
         return own.encode_batch([*group, *group], num_threads=2)[: len(group)]

@@ -63,17 +63,26 @@ class JoinedIds:
         return np.delete(self.ids, between) if len(between) else np.require(self.ids, requirements="W")
 
     def to_lists(self, vocab_size: int) -> list[list[int]]:
-        """A list of each text's ids, all below `vocab_size`, of ints that are made once.
+        """A list of each text's ids."""
+        rows: list[list[int]] = [[] for _ in self.starts]
+        self.fill(rows, vocab_size)
+        return rows
+
+    def fill(self, rows: Sequence[list[int]], vocab_size: int) -> None:
+        """Add each text's ids, all below `vocab_size`, to a list, as ints that are made once.
 
         That takes half the time of new ones, and less memory.
         """
         objects = _int_objects(vocab_size)
-        spans = zip(self.starts.tolist(), self.stops.tolist(), strict=True)
+        spans = zip(rows, self.starts.tolist(), self.stops.tolist(), strict=True)
         indexes = self.ids.astype(np.intp)
         if len(indexes) >= _LONG * len(self.starts):
-            return [objects.take(indexes[start:stop]).tolist() for start, stop in spans]
-        made = objects.take(indexes)
-        return [made[start:stop].tolist() for start, stop in spans]
+            for row, start, stop in spans:
+                row += objects.take(indexes[start:stop]).tolist()
+        else:
+            made = objects.take(indexes)
+            for row, start, stop in spans:
+                row += made[start:stop].tolist()
 
 
 @lru_cache(maxsize=8)

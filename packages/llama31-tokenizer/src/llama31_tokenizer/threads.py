@@ -24,26 +24,33 @@ _LEAST_GROUP, _MOST_GROUP, _GROUPS_PER_THREAD = 1 << 15, 1 << 16, 8
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | None) -> list[list[int]]:
     """Ids of each plain text.
 
+    The lists are made at once and filled later. Python's collector looks at every item of a list that is new to it, and
+    again some lists later, under its global lock: a third of the time that ids and lists of them take. Lists that were
+    there before their ids are no longer new when they get them.
+
     Args:
         tokenizer: whose ids.
         texts: the texts.
-        num_threads: as in `map_groups`.
+        num_threads: as in `share_groups`.
     """
+    rows: list[list[int]] = [[] for _ in texts]
 
-    def encode_group(own: Tokenizer, group: Sequence[str]) -> list[list[int]]:
-        return own.encode_joined(group).to_lists(own.vocab_size)
+    def encode_group(own: Tokenizer, indexes: Sequence[int]) -> None:
+        found = own.encode_joined([texts[index] for index in indexes])
+        found.fill([rows[index] for index in indexes], own.vocab_size)
 
-    return map_groups(encode_group, tokenizer, texts, num_threads)
+    share_groups(encode_group, tokenizer, texts, num_threads)
+    return rows
 
 
 def count_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | None) -> list[int]:
     """Numbers of tokens of plain texts."""
-    return map_groups(_count_group, tokenizer, texts, num_threads)
 
+    def count_group(own: Tokenizer, group: Sequence[str]) -> list[int]:
+        lengths: list[int] = own.encode_joined(group).lengths.tolist()
+        return lengths
 
-def _count_group(own: Tokenizer, group: Sequence[str]) -> list[int]:
-    lengths: list[int] = own.encode_joined(group).lengths.tolist()
-    return lengths
+    return map_groups(count_group, tokenizer, texts, num_threads)
 
 
 def map_groups(
@@ -52,14 +59,31 @@ def map_groups(
     texts: Sequence[str],
     num_threads: int | None,
 ) -> list[Result]:
-    """`work(tokenizer, texts)`, done for a group of texts at a time in `num_threads` threads.
+    """Results of `work(tokenizer, texts)`, one for each text, of groups as in `share_groups`."""
+    results: list[Result | None] = [None] * len(texts)
+
+    def work_on(own: Tokenizer, indexes: Sequence[int]) -> None:
+        for index, result in zip(indexes, work(own, [texts[index] for index in indexes]), strict=True):
+            results[index] = result
+
+    share_groups(work_on, tokenizer, texts, num_threads)
+    return cast("list[Result]", results)
+
+
+def share_groups(
+    work: Callable[[Tokenizer, Sequence[int]], None],
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    num_threads: int | None,
+) -> None:
+    """`work(tokenizer, indexes)`, done for a group of texts at a time in `num_threads` threads.
 
     tiktoken works without Python's global lock, so threads do run at the same time. The calling thread is one of them;
     it begins with Chinese texts, whose steps are held up by that lock (`han_encoder`), and the other threads end with
     them.
 
     Args:
-        work: a result for each text, with the tokenizer it is handed: another than `tokenizer` in another thread.
+        work: is handed a tokenizer, another than `tokenizer` in another thread, and which of the texts to work on.
         tokenizer: whose ids.
         texts: the texts.
         num_threads: how many threads; None: as many as the process has cores.
@@ -74,13 +98,11 @@ def map_groups(
     num_chars = sum(map(len, texts))
     share = num_chars // (threads * _GROUPS_PER_THREAD)
     groups = deque(_group(texts, min(max(share, _LEAST_GROUP), _MOST_GROUP)))
-    results: list[Result | None] = [None] * len(texts)
 
     def drain(own: Tokenizer, take: Callable[[], list[int]]) -> None:
         try:
             while indexes := _take_group(take):
-                for index, result in zip(indexes, work(own, [texts[index] for index in indexes]), strict=True):
-                    results[index] = result
+                work(own, indexes)
         except BaseException:
             groups.clear()  # the other threads find nothing more to do
             raise
@@ -95,7 +117,6 @@ def map_groups(
         wait(running)
     for future in running:
         future.result()
-    return cast("list[Result]", results)
 
 
 def check_texts(texts: Sequence[str]) -> None:
