@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
@@ -14,6 +15,7 @@ from llama31_tokenizer.han_text import is_mostly_han
 from llama31_tokenizer.spans import spans_of_size
 
 if TYPE_CHECKING:
+    from llama31_tokenizer.joined_ids import JoinedIds
     from llama31_tokenizer.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
@@ -28,18 +30,40 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | 
     again some lists later, under its global lock: a third of the time that ids and lists of them take. Lists that were
     there before their ids are no longer new when they get them.
 
+    Filling them needs that lock. While the calling thread has Chinese texts, whose steps need it too (`share_groups`),
+    the other threads leave their ids for later.
+
     Args:
         tokenizer: whose ids.
         texts: the texts.
         num_threads: as in `share_groups`.
     """
     rows: list[list[int]] = [[] for _ in texts]
+    encoded: deque[tuple[JoinedIds, list[list[int]]]] = deque()  # ids, and the lists they are for
+    caller, caller_has_chinese = threading.get_ident(), True
 
     def encode_group(own: Tokenizer, indexes: Sequence[int]) -> None:
-        found = own.encode_joined([texts[index] for index in indexes])
-        found.fill([rows[index] for index in indexes], own.vocab_size)
+        nonlocal caller_has_chinese
+        group = [texts[index] for index in indexes]
+        encoded.append((own.encode_joined(group), [rows[index] for index in indexes]))
+        is_chinese = is_mostly_han(group[0], 8)
+        if threading.get_ident() == caller:
+            caller_has_chinese = is_chinese
+        if is_chinese:
+            fill(1)
+        elif not caller_has_chinese:
+            fill(2)
+
+    def fill(num_groups: int) -> None:
+        for _ in range(num_groups):
+            try:
+                ids, lists = encoded.pop()
+            except IndexError:  # there are no more, another thread may have taken the last
+                return
+            ids.fill(lists, tokenizer.vocab_size)
 
     share_groups(encode_group, tokenizer, texts, num_threads)
+    fill(len(encoded))
     return rows
 
 
