@@ -207,6 +207,11 @@ def test_batch_arguments(llama3: Tokenizer) -> None:
         llama3.encode_many_to_numpy("hello")
     with pytest.raises(TokenizerError, match=r"texts\[1\] is NoneType, expected a string"):
         llama3.count_batch(["a", None])  # type: ignore[list-item]
+    wrong: list[Any] = [iter(["a"]), {"a"}, {"a": 1}]
+    for many in wrong:
+        for call in (llama3.encode_batch, llama3.count_batch, llama3.encode_many_to_numpy):
+            with pytest.raises(TokenizerError, match=f"texts is {type(many).__name__}, expected a list of strings"):
+                call(many)
     with pytest.raises(TokenizerError, match="num_threads is 0"):
         llama3.encode_batch(["hello"], num_threads=0)
     with pytest.raises(TokenizerError, match=r"num_threads is 2\.5, expected a whole number"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -37,7 +37,11 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], num_threads: int | 
         tokenizer: whose ids.
         texts: the texts.
         num_threads: as in `share_groups`.
+
+    Raises:
+        TokenizerError: as `check_texts` and `share_groups` do.
     """
+    check_texts(texts)
     rows: list[list[int]] = [[] for _ in texts]
     encoded: deque[tuple[JoinedIds, list[list[int]]]] = deque()  # ids, and the lists they are for
     caller, caller_has_chinese = threading.get_ident(), True
@@ -84,6 +88,7 @@ def map_groups(
     num_threads: int | None,
 ) -> list[Result]:
     """Results of `work(tokenizer, texts)`, one for each text, of groups as in `share_groups`."""
+    check_texts(texts)
     results: list[Result | None] = [None] * len(texts)
 
     def work_on(own: Tokenizer, indexes: Sequence[int]) -> None:
@@ -113,9 +118,8 @@ def share_groups(
         num_threads: how many threads; None: as many as the process has cores.
 
     Raises:
-        TokenizerError: wrong arguments, or what `work` raises; an error ends the other threads' work too.
+        TokenizerError: a wrong number of threads, or what `work` raises; an error ends the other threads' work too.
     """
-    check_texts(texts)
     threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
     if not isinstance(threads, int) or threads < 1:
         raise TokenizerError(f"num_threads is {threads!r}, expected a whole number of 1 or more")
@@ -147,10 +151,12 @@ def check_texts(texts: Sequence[str]) -> None:
     """Refuse what would be taken for texts or fail in a thread.
 
     Raises:
-        TokenizerError: one string, or something in the list that is none.
+        TokenizerError: one string, what has no first and second text, or something in the list that is no string.
     """
     if isinstance(texts, str):
         raise TokenizerError("texts is one string, expected a list of strings; use encode for one text")
+    if not isinstance(texts, Sequence) and (isinstance(texts, Mapping) or not hasattr(texts, "__getitem__")):
+        raise TokenizerError(f"texts is {type(texts).__name__}, expected a list of strings; make a list of it")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TokenizerError(f"texts[{index}] is {type(text).__name__}, expected a string")
